@@ -1,0 +1,47 @@
+# The two commands of the README are `make demo` and `make test`; both make .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+SHELL := /bin/bash
+
+.PHONY: venv demo test test-fast test-full check bench clean
+
+venv: $(STAMP)
+
+# A .venv of another Python, or one whose making was interrupted, is made anew; any other is kept.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "wukong needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@wanted="$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])')"; \
+	found="$$($(BIN)/python -c 'import pip, sys; print(sys.version_info[:2])' 2>/dev/null)"; \
+	if [ "$$wanted" != "$$found" ]; then $(PYTHON) -m venv --clear .venv; fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: venv
+	$(BIN)/wukong demo
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "slow"
+
+test-fast: venv
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-full: check
+	$(BIN)/python -m pytest -q --full
+
+bench: venv
+	$(BIN)/wukong bench micro
+	$(BIN)/wukong bench linalg
+	$(BIN)/wukong bench limits
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench/results
+	find wukong bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""The commands of the benchmarks. Every one prints tables and writes JSON, most a plot too."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from bench import N_WORKERS, present, sides
+from bench import linalg as linalg_suite
+from bench import micro as micro_suite
+from bench.measure import Case, Comparison, compare
+from bench.present import Target
+
+console = Console()
+
+MICRO_TARGETS = [
+    *(
+        Target(cases, of, to, must, aim)
+        for cases in ("*independent*", "tree of 8,191*", "chain*", "fan*")
+        for of, to, must, aim in (
+            (sides.PROCESSES, sides.DISTRIBUTED, 1 / 40, 1 / 100),
+            (sides.THREADS, sides.DASK_THREADED, 0.35, 0.2),
+        )
+    ),
+    Target("tree of 64 leaves*", sides.PROCESSES, sides.POOL, 0.5, 0.2),
+    Target("one warm call*", sides.PROCESSES, sides.POOL, 4, 2),
+]
+BEST = f"{sides.PROCESSES}|{sides.THREADS}"
+LINALG_TARGETS = [
+    Target("*", sides.PROCESSES, sides.DISTRIBUTED, 0.8, 0.65),
+    Target("*", BEST, sides.DASK_THREADED, 1.03, 0.95),
+]
+# A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
+LINALG_SIDES = [name for name in sides.ALL if name not in (sides.POOL, sides.DASK_GET)]
+
+
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that all suites have."""
+    for option in (
+        click.option("--rounds", default=5, show_default=True, help="Measurements of each side."),
+        click.option(
+            "--only", multiple=True, metavar="TEXT", help="Cases whose names contain this."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=Path("bench/results"),
+            show_default=True,
+            help="Folder of the JSON file and the plot.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measure Wukong beside Dask's schedulers, in turns, in one tree of processes."""
+
+
+@main.command()
+@common_options
+@click.option(
+    "--side", "names", multiple=True, type=click.Choice(sides.ALL), help="Sides; all by default."
+)
+@click.option(
+    "--form",
+    type=click.Choice([*micro_suite.FORMS, "both"]),
+    default="both",
+    show_default=True,
+    help="How the graphs' tasks are written.",
+)
+def micro(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...], form: str) -> None:
+    """Graphs of no-ops: what is left is the scheduler's own work."""
+    cases = [
+        dataclasses.replace(case, name=f"{case.name}, {each}")
+        for each in micro_suite.FORMS
+        if form in (each, "both")
+        for case in micro_suite.cases(each)
+    ]
+    _run("micro", _chosen(cases, only), names or sides.ALL, rounds, MICRO_TARGETS, out)
+
+
+@main.command()
+@common_options
+@click.option(
+    "--side",
+    "names",
+    multiple=True,
+    type=click.Choice(LINALG_SIDES),
+    help="Sides; all by default.",
+)
+@click.option("--small", is_flag=True, help="The sizes of `wukong demo`.")
+def linalg(
+    rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...], small: bool
+) -> None:
+    """The paper's six workloads at full size, every result checked."""
+    cases = linalg_suite.cases(only, full=not small)
+    if not cases:
+        raise click.UsageError(f"no workload is called {' or '.join(only)}")
+    _run("linalg", cases, names or LINALG_SIDES, rounds, LINALG_TARGETS, out)
+
+
+@main.command()
+@common_options
+def limits(rounds: int, only: tuple[str, ...], out: Path) -> None:
+    """Planning, start-up, memory, bytes and commits, beside what they must not exceed."""
+    from bench.limits import LIMITS
+
+    present.show_header(console, "limits", rounds)
+    quantities = []
+    for name, measure in LIMITS.items():
+        if only and not any(text in name for text in only):
+            continue
+        with console.status(name):
+            quantities += measure(rounds)
+    console.print(present.quantities_table(quantities))
+    present.write_json(out / "limits.json", "limits", quantities=quantities)
+    console.print(f"written: {out / 'limits.json'}")
+
+
+def _chosen(cases: Sequence[Case], only: tuple[str, ...]) -> list[Case]:
+    chosen = [case for case in cases if not only or any(text in case.name for text in only)]
+    if not chosen:
+        raise click.UsageError(f"choose from {', '.join(case.name for case in cases)}")
+    return chosen
+
+
+def _run(
+    suite: str,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    n_rounds: int,
+    targets: Sequence[Target],
+    out: Path,
+) -> None:
+    """Compare, show and write; what is done is written even if a later case fails."""
+    present.show_header(console, suite, n_rounds)
+    comparisons: list[Comparison] = []
+    try:
+        with console.status("opening the sides") as line, sides.open_sides(names, N_WORKERS) as all:
+            for case in cases:
+                comparisons.append(compare(case, all, n_rounds, line.update))
+    finally:
+        if comparisons:
+            console.print(present.times_table(comparisons))
+            console.print(present.ratios_table(present.ratios(comparisons, targets)))
+            present.write_json(out / f"{suite}.json", suite, comparisons, targets)
+            present.draw(out / f"{suite}.png", f"bench {suite}", comparisons)
+            console.print(f"written: {out / suite}.json and .png")

@@ -1,0 +1,164 @@
+"""Interleaved timing of one case on several sides, and what follows from the seconds.
+
+Sides take turns within each round and another one begins each round, so that whatever else the
+machine does in the meantime hits all of them alike.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dask.typing import Key
+
+from bench.sides import Side
+
+Graph: TypeAlias = Mapping[Key, object]
+Keys: TypeAlias = Sequence[Key] | Key
+Built: TypeAlias = tuple[Graph, Keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something that every side can be asked to do."""
+
+    name: str
+    """For tables."""
+    n_tasks: int
+    """Tasks of the graph."""
+    build: Callable[[str], Built]
+    """Makes the graph; the argument is part of its keys, so that no side has met them before."""
+    check: Callable[[object], None]
+    """Raises AssertionError if what a side returned is wrong."""
+    n_calls: int = 1
+    """Runs within one measurement, whose mean counts; above 1 where one is too short to time."""
+    on_pool: Callable[[ProcessPoolExecutor], object] | None = None
+    """The same work by a process pool's own means; None where there is no such way."""
+    warm: Callable[[], Built] | None = None
+    """A smaller graph of the same functions for the warm-up; None: the graph itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one side took for one case."""
+
+    side: str
+    """Name of the side."""
+    seconds: tuple[float, ...]
+    """One per round, in order."""
+
+    @property
+    def median_s(self) -> float:
+        """The median over the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def min_s(self) -> float:
+        """The fastest round, in seconds."""
+        return min(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One side's time over another's."""
+
+    of: str
+    """The side whose time is divided."""
+    to: str
+    """The side whose time divides."""
+    medians: float
+    """Ratio of the medians."""
+    minima: float
+    """Ratio of the fastest rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One case, timed on all sides that can do it."""
+
+    case: str
+    """Name of the case."""
+    n_tasks: int
+    """Tasks of the graph."""
+    timings: tuple[Timing, ...]
+    """In the order of the sides."""
+
+    def ratio(self, of: str, to: str) -> Ratio | None:
+        """The ratio of two sides, or None if one of them did not take part.
+
+        Args:
+            of: name of a side; several, joined by "|", stand for the best of them.
+            to: name of a side.
+        """
+        times = {timing.side: timing for timing in self.timings}
+        best = [times[name] for name in of.split("|") if name in times]
+        if not best or to not in times:
+            return None
+        return Ratio(
+            of,
+            to,
+            min(timing.median_s for timing in best) / times[to].median_s,
+            min(timing.min_s for timing in best) / times[to].min_s,
+        )
+
+
+def compare(
+    case: Case, sides: Sequence[Side], n_rounds: int, tell: Callable[[str], None]
+) -> Comparison:
+    """Time the case on every side, in turns.
+
+    Args:
+        case: what to do.
+        sides: open sides; those that cannot do the case are left out.
+        n_rounds: measurements of each side.
+        tell: is told what happens now, for a progress line.
+    """
+    able = [side for side in sides if side.get is not None or case.on_pool is not None]
+    for side in able:
+        tell(f"{case.name}: warming {side.name}")
+        _warm(case, side)
+    seconds: dict[str, list[float]] = {side.name: [] for side in able}
+    for number in range(n_rounds):
+        first = number % len(able)
+        for side in able[first:] + able[:first]:
+            tell(f"{case.name}: round {number + 1} of {n_rounds}, {side.name}")
+            seconds[side.name].append(_time(case, side, number))
+    timings = tuple(Timing(side.name, tuple(seconds[side.name])) for side in able)
+    return Comparison(case.name, case.n_tasks, timings)
+
+
+def _warm(case: Case, side: Side) -> None:
+    """Let the side import what the case needs and start what it starts lazily."""
+    if side.get is not None:
+        graph, keys = case.build(f"warm {side.name}") if case.warm is None else case.warm()
+        side.get(graph, keys)
+        side.settle()
+    elif side.pool is not None and case.on_pool is not None:
+        case.on_pool(side.pool)
+
+
+def _time(case: Case, side: Side, number: int) -> float:
+    """One measurement: seconds of one run, its result checked."""
+    tags = [f"{case.name} {side.name} {number} {call}" for call in range(case.n_calls)]
+    graphs = [case.build(tag) for tag in tags] if side.get is not None else []
+    results: list[object] = []
+    gc.collect()
+    if side.get is not None:
+        start = time.perf_counter()
+        for graph, keys in graphs:
+            results.append(side.get(graph, keys))
+        elapsed_s = time.perf_counter() - start
+    else:
+        assert side.pool is not None
+        assert case.on_pool is not None
+        start = time.perf_counter()
+        for _ in tags:
+            results.append(case.on_pool(side.pool))
+        elapsed_s = time.perf_counter() - start
+    for result in results:
+        case.check(result)
+    side.settle()
+    return elapsed_s / case.n_calls

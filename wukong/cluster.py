@@ -1,0 +1,243 @@
+"""Clusters: a store, an invoker and a policy, as a context manager with Dask's `get`.
+
+    with wukong.LocalCluster(n_workers=2) as cluster:
+        x.sum().compute(scheduler=cluster.get)
+        print(cluster.report())
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from types import TracebackType
+from typing import Any
+
+from dask.callbacks import local_callbacks
+
+from wukong import config
+from wukong.callbacks import CallbackFeed
+from wukong.errors import JobNotFound, WukongError
+from wukong.executor.core import Policy
+from wukong.executor.messages import JobId
+from wukong.executor.wire import Traffic, open_wire
+from wukong.report import Report
+from wukong.scheduler.graph import Plan, plan_graph
+from wukong.scheduler.job import JobPolicy
+from wukong.storage import open_store
+from wukong.storage.local_files import default_directory, remove_directory, remove_stale
+from wukong.submit import JobRun, OnTasks, Submission, resolve, submit_plan
+
+logger = logging.getLogger(__name__)
+
+
+class LocalCluster:
+    """Executors on this machine: processes around a store in shared memory, or threads.
+
+    Usable by several threads at once. Close it, or use it as a context manager: that ends its
+    executors and removes what it has in shared memory.
+
+    Args:
+        n_workers: executors; as many as cores by default.
+        processes: False runs threads of this process, which share objects without copying them.
+        directory: where the store lives (processes only). By default a new directory in shared
+            memory that goes with the cluster; a given one stays, with its unfinished jobs, and
+            `wukong.attach` finds them there.
+        memory_limit: bytes of stored values before they go to disk.
+        timeout_s: each job ends in `JobTimeout` after this long.
+    Raises:
+        StoreUnavailable: the directory cannot be used.
+    Cost: processes are ready within a second; they start while this returns.
+    """
+
+    def __init__(
+        self,
+        n_workers: int | None = None,
+        processes: bool = True,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        memory_limit: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if n_workers is not None and n_workers < 1:
+            raise ValueError(f"n_workers is {n_workers}; give 1 or more, or None for one a core")
+        self.n_workers = n_workers or len(os.sched_getaffinity(0))
+        self.processes = processes
+        self._timeout_s = timeout_s if timeout_s is not None else config.get("job.timeout-s")
+        self._silence_s = float(config.get("job.silence-s"))
+        self._lock = threading.Lock()
+        self._last_report: Report | None = None
+        self._is_closed = False
+        self._own_directory = None
+        policy = executor_policy(is_measured=processes)
+        self._is_cut = bool(config.get("executor.strands"))
+        from wukong.executor.pool import ProcessPool, ThreadPool
+
+        self._pool: ProcessPool | ThreadPool
+        if processes:
+            remove_stale()
+            if directory is None:
+                self._own_directory = default_directory()
+            self.directory = os.fspath(directory or self._own_directory or "")
+            if memory_limit is None:
+                memory_limit = config.get("local.memory-limit")
+            url = f"local://{os.path.abspath(self.directory)}"
+            self._store = open_store(url, silence_s=self._silence_s, limit_bytes=memory_limit)
+            self._pool = ProcessPool(
+                url,
+                self.n_workers,
+                policy,
+                store=self._store,
+                preload=tuple(config.get("local.preload")),
+            )
+        else:
+            self.directory = ""
+            self._store = open_store("memory://", silence_s=self._silence_s)
+            self._pool = ThreadPool(self._store, self.n_workers, policy)
+
+    # -------------------------------------------------------------- running graphs
+
+    def get(
+        self,
+        dsk: Any,
+        keys: Any,
+        *,
+        callbacks: Any = None,
+        timeout_s: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run a Dask graph: give it to any Dask call as `scheduler=cluster.get`.
+
+        Args:
+            dsk: a graph in any of Dask's forms.
+            keys: one key, or lists of keys nested at will.
+            callbacks: `dask.callbacks.Callback`s besides the registered ones.
+            timeout_s: instead of the cluster's.
+            kwargs: what other Dask schedulers take; without meaning here.
+        Returns: the values of the keys; lists of keys give tuples, as with `dask.get`.
+        Raises:
+            GraphError: the graph cannot be run as it is; nothing has been started.
+            JobTimeout: the deadline passed.
+            Exception: what a task raised, with the remote traceback as its `__cause__`.
+        """
+        with local_callbacks(callbacks) as active:
+            if not active:
+                plan = plan_graph(dsk, keys)
+                return self._compute(plan, timeout_s, None)
+            feed = CallbackFeed(active, dsk, keys)
+            with feed:
+                plan = plan_graph(feed.graph, feed.keys)
+                values = self._compute(plan, timeout_s, feed.bind(plan.keys))
+                return feed.finish(values)
+
+    def _compute(self, plan: Plan, timeout_s: float | None, on_tasks: OnTasks | None) -> Any:
+        if not plan.keys:
+            return plan.resolve({})
+        self._check_open()
+        submission = submit_plan(
+            plan,
+            self._store,
+            self.n_workers,
+            fail_fast=True,
+            is_cut=self._is_cut,
+            n_retries=int(config.get("job.retries")),
+        )
+        return self._run(submission, timeout_s, on_tasks)
+
+    def _run(
+        self, submission: Submission, timeout_s: float | None, on_tasks: OnTasks | None
+    ) -> Any:
+        policy = JobPolicy(
+            sweep_s=self._silence_s / 2,
+            deadline_s=self._timeout_s if timeout_s is None else timeout_s,
+            log_after_s=float(config.get("job.log-after-s")),
+        )
+        run = JobRun(submission, self._store, self._pool, policy, on_tasks)
+        try:
+            values = run.run()
+        finally:
+            if run.report is not None:
+                self._last_report = run.report
+        return resolve(submission.manifest, values)
+
+    def attach(self, job: str, timeout_s: float | None = None) -> Any:
+        """Gather a job whose client is gone, and see it to its end.
+
+        What is finished is not run again.
+
+        Args:
+            job: its id, one of `jobs()`.
+        Returns: what the client that launched it would have got.
+        Raises:
+            JobNotFound: the store has no such job.
+        """
+        self._check_open()
+        payload = self._store.jobs.manifest(JobId(job))
+        if payload is None:
+            raise JobNotFound(f"no job {job!r} here; there are: {', '.join(self.jobs()) or 'none'}")
+        traffic = Traffic()
+        wire = open_wire(self._store, JobId(job), traffic)
+        manifest = wire.read_manifest(payload)
+        self._pool.invoke(())
+        return self._run(Submission(JobId(job), manifest, wire, traffic, None), timeout_s, None)
+
+    def jobs(self) -> tuple[str, ...]:
+        """Ids of the jobs in the store."""
+        return self._store.jobs.jobs()
+
+    def report(self) -> Report:
+        """What the last job that ended on this cluster did and cost.
+
+        Raises:
+            WukongError: no job has ended yet.
+        """
+        if self._last_report is None:
+            raise WukongError("no job has ended on this cluster yet")
+        return self._last_report
+
+    # -------------------------------------------------------------- life
+
+    def close(self) -> None:
+        """End the executors, and remove the store if it is the cluster's own. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._pool.close()
+        self._store.jobs.close()
+        if self._store.blobs is not None:
+            self._store.blobs.close()
+        if self._own_directory is not None:
+            remove_directory(self._own_directory)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise WukongError("this cluster is closed; make a new one")
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        kind = "processes" if self.processes else "threads"
+        state = ", closed" if self._is_closed else ""
+        return f"LocalCluster({self.n_workers} {kind}{state})"
+
+
+def executor_policy(is_measured: bool) -> Policy:
+    """The executors' policy from the configuration."""
+    return Policy(
+        inline_bytes=int(config.get("executor.inline-bytes")),
+        blob_bytes=int(config.get("executor.blob-bytes")),
+        absorb_bytes=int(config.get("executor.absorb-bytes")) if is_measured else 0,
+        split=bool(config.get("executor.split")),
+        heartbeat_s=float(config.get("executor.heartbeat-s")),
+        n_deaths_max=int(config.get("executor.deaths-max")),
+    )

@@ -1,0 +1,1 @@
+"""What runs tasks: the executor's state machine, its driver, and the pools that host it."""

@@ -1,0 +1,548 @@
+"""One executor's decisions: what to start, fetch, run, put, commit, become and invoke. Pure.
+
+    Started --> Fetch --> Run --+--> PutValues --> SendCommit --+--> Invoke others
+       ^                  ^     |                               +--> Delete garbage
+       |                  |     +--> AskAbsorb --> Fetch ...    +--> become: Fetch ...
+    (invoked)             +------------------------------------------------+
+
+It steps once for each strand, never for each task, and knows ids and sizes, never values. The
+driver (`wukong.executor.run`, or the simulator) performs the actions, one after the other, and
+hands back what came of each as an event. Beside that line of actions there is one more thing at
+work while a run goes on: the heartbeat (`wake_at`, `tick`), and with it the splitting of a run
+that takes long while other executors idle (`Overdue`).
+
+Nothing here is remembered anywhere else: an executor that dies leaves a token in the store, and
+whoever starts that token begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from wukong.executor.messages import (
+    Absorbed,
+    AbsorbAnswered,
+    Action,
+    AskAbsorb,
+    AttemptId,
+    BlobId,
+    Broken,
+    Commit,
+    Committed,
+    Condemn,
+    Delete,
+    Done,
+    Edges,
+    Entry,
+    Event,
+    ExportId,
+    ExportSpec,
+    Feed,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Forget,
+    Grant,
+    HolderId,
+    Invoke,
+    JobId,
+    Output,
+    Overdue,
+    Part,
+    Put,
+    PutItem,
+    PutValues,
+    Ran,
+    Reason,
+    Receipt,
+    Refused,
+    Renew,
+    Renewed,
+    ReportLost,
+    Resume,
+    Run,
+    SendCommit,
+    Start,
+    Started,
+    StoreFailed,
+    StrandId,
+    TokenId,
+)
+from wukong.executor.split import Split, cut_rest, split_rest
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be tuned, and the switches that let each idea be measured alone."""
+
+    inline_bytes: int = 256 * 1024
+    """Bytes of values that travel inside one commit; design.md, section 3, rule 11."""
+    blob_bytes: int = 64 * 1024
+    """A value of at least this size is a blob of its own."""
+    absorb_bytes: int = 1024 * 1024
+    """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
+    split: bool = True
+    """Give away the rest of a strand that runs long while executors are idle."""
+    heartbeat_s: float = 1.0
+    """Time between renewals of a running token."""
+    n_deaths_max: int = 3
+    """A task that has killed this many executors, running alone, becomes an error."""
+    retry_s: float = 0.05
+    """First wait before a store that did not answer is asked again; doubles up to 64 times."""
+    give_up_s: float = 60.0
+    """An executor abandons its work when the store has not answered for this long."""
+    confirm: bool = False
+    """Wait for the store's replicas before garbage is deleted (rule 3)."""
+
+
+class Phase(IntEnum):
+    """What the executor waits for."""
+
+    IDLE = 0
+    STARTING = 1
+    FETCHING = 2
+    RUNNING = 3
+    ABSORBING = 4
+    PUTTING = 5
+    COMMITTING = 6
+
+
+_EVENT_OF_PHASE: dict[Phase, tuple[type, ...]] = {
+    Phase.STARTING: (Started,),
+    Phase.FETCHING: (Fetched, FetchFailed, Broken),
+    Phase.RUNNING: (Ran, Overdue),
+    Phase.ABSORBING: (AbsorbAnswered,),
+    Phase.PUTTING: (Put, Broken),
+    Phase.COMMITTING: (Committed,),
+}
+
+
+@dataclass(slots=True)
+class _Work:
+    """All that is done under one token: its strand, and the strands absorbed on the way."""
+
+    job: JobId
+    token: TokenId
+    attempt: AttemptId
+    base: StrandId
+    n_starts: int
+    n_deaths: int
+    cause: str
+    part: Part = Part((), (), ())
+    """The part that runs now."""
+    n_tasks: int = 0
+    """Tasks done so far."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Bytes of the values that are to be recorded."""
+    specs: tuple[ExportSpec, ...] = ()
+    """Exports that are to be recorded."""
+    inputs: list[ExportId] = field(default_factory=list)
+    """Recorded exports that this work reads."""
+    recorded: dict[int, ExportId] = field(default_factory=dict)
+    """Values of those exports."""
+    absorbed: list[StrandId] = field(default_factory=list)
+    split: Split | None = None
+    failed: bytes | object | None = None
+    blobs: tuple[BlobId, ...] = ()
+    """Blobs that this attempt has put and not yet committed."""
+    doomed: bool = False
+    """The token is spent or the job is over: stop, and record nothing."""
+
+
+class ExecutorCore:
+    """The state machine of one executor, which runs one token at a time.
+
+    Args:
+        holder: the executor's name, under which it holds tokens.
+        policy: see `Policy`.
+        new_attempt: a fresh random nonce at each call (the driver's; rule 2).
+    """
+
+    def __init__(
+        self, holder: HolderId, policy: Policy, new_attempt: Callable[[], AttemptId]
+    ) -> None:
+        self.holder = holder
+        self.policy = policy
+        self.phase = Phase.IDLE
+        self.is_draining = False
+        """Become nothing more: end after the strand that is held."""
+        self._new_attempt = new_attempt
+        self._work: _Work | None = None
+        self._overdue = False
+        self._collected: tuple[BlobId, ...] = ()
+        self._renew_at: float | None = None
+        self._retry: Action | None = None
+        self._retry_at: float | None = None
+        self._failing_since: float | None = None
+        self._n_failures = 0
+        self._ambiguous = False
+
+    # -------------------------------------------------------------- the four methods of a core
+
+    def start(self, job: JobId, token: TokenId) -> list[Action]:
+        """Begin with an invocation. The executor must be idle."""
+        assert self.phase is Phase.IDLE, self.phase
+        self.phase = Phase.STARTING
+        return [Start(job, token, self._new_attempt())]
+
+    def adopt(self, grant: Grant, now: float) -> list[Action]:
+        """Begin with a token that the driver has taken already (`QueueStore.take`)."""
+        assert self.phase is Phase.IDLE, self.phase
+        return self._begin(grant, now)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Decide what to do about a fact. Late and repeated facts change nothing."""
+        if isinstance(event, Done):
+            return []
+        if isinstance(event, Renewed):
+            return self._renewed(event)
+        if isinstance(event, StoreFailed):
+            return self._store_failed(event, now)
+        if not isinstance(event, _EVENT_OF_PHASE.get(self.phase, ())):
+            return []
+        self._n_failures, self._failing_since = 0, None
+        match event:
+            case Started(Grant() as grant):
+                return self._begin(grant, now)
+            case Started(Refused() as refused):
+                return self._idle(refused)
+            case Fetched(part):
+                return self._fetched(part, now)
+            case FetchFailed(exports):
+                return self._lost(exports)
+            case Ran():
+                return self._ran(event)
+            case Overdue():
+                return self._split_running(event)
+            case AbsorbAnswered(Absorbed() as absorbed):
+                return self._absorb(absorbed)
+            case AbsorbAnswered(Refused()):
+                return self._put()
+            case Put(entries):
+                return self._commit(entries)
+            case Broken(error):
+                return self._fail(error)
+            case Committed(Receipt() as receipt):
+                return self._committed(receipt, now)
+            case Committed(Refused() as refused):
+                return self._commit_refused(refused)
+        raise AssertionError(event)
+
+    def wake_at(self) -> float | None:
+        """When `tick` wants to be called next; None: not at all."""
+        times = [t for t in (self._renew_at, self._retry_at) if t is not None]
+        return min(times, default=None)
+
+    def tick(self, now: float) -> list[Action]:
+        """Renew the token that is held, and repeat what the store did not answer."""
+        actions: list[Action] = []
+        if self._renew_at is not None and now >= self._renew_at:
+            self._renew_at = now + self.policy.heartbeat_s
+            if self._work is not None:
+                actions.append(Renew(self._work.job, self._work.token, self._work.attempt))
+        if self._retry_at is not None and now >= self._retry_at:
+            self._retry_at = None
+            assert self._retry is not None
+            actions.append(self._retry)
+            self._retry = None
+        return actions
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        if self.phase in (Phase.IDLE, Phase.STARTING):
+            assert self._work is None and self._renew_at is None
+        else:
+            assert self._work is not None
+        assert not self._overdue or self.phase is not Phase.IDLE
+        assert (self._retry is None) == (self._retry_at is None)
+
+    @property
+    def held(self) -> tuple[JobId, TokenId, AttemptId] | None:
+        """The token that this executor runs."""
+        work = self._work
+        return None if work is None else (work.job, work.token, work.attempt)
+
+    # -------------------------------------------------------------- from a token to a run
+
+    def _begin(self, grant: Grant, now: float) -> list[Action]:
+        self._work = _Work(
+            grant.job,
+            grant.token,
+            grant.attempt,
+            grant.base,
+            grant.n_starts,
+            grant.n_deaths,
+            grant.cause,
+        )
+        self._renew_at = now + self.policy.heartbeat_s
+        self._work.inputs = [located.export for located in grant.inputs]
+        self.phase = Phase.FETCHING
+        return [Fetch(grant.job, grant.base, grant.program, grant.part, grant.inputs)]
+
+    def _fetched(self, part: Part, now: float) -> list[Action]:
+        work = self._held()
+        work.part = part
+        ours = set(work.inputs)
+        for export, values in part.inputs:
+            if export in ours:  # the others are outputs of this work, read by a strand it absorbed
+                work.recorded.update(dict.fromkeys(values, export))
+        self.phase = Phase.RUNNING
+        if work.doomed:
+            return self._idle(None)
+        n_tasks = len(part.tasks)
+        if n_tasks == 1 and work.n_starts > self.policy.n_deaths_max:
+            return [Condemn(part, work.n_starts - 1, work.cause)]
+        # Each death makes the next attempt run a sixteenth before it commits, so that the task
+        # which kills executors is alone soon (rule 6 asks for halves; this takes fewer deaths).
+        return [Run(part, max(1, n_tasks >> (4 * work.n_deaths)))]
+
+    def _lost(self, exports: tuple[ExportId, ...]) -> list[Action]:
+        work = self._held()
+        report = ReportLost(work.job, work.token, work.attempt, exports)
+        return [report, *self._idle(None)]
+
+    # -------------------------------------------------------------- from a run to a commit
+
+    def _ran(self, ran: Ran) -> list[Action]:
+        work = self._held()
+        if work.doomed:
+            return self._idle(None)
+        work.n_tasks += ran.n_done
+        work.sizes.update(ran.sizes)
+        if ran.error is not None:
+            return self._fail(ran.error)
+        if ran.n_done < len(work.part.tasks):
+            assert ran.edges is not None, "a run that stopped early says what is left"
+            return self._put_split(ran.edges, [0] * len(ran.edges.tasks))
+        work.specs = work.part.exports
+        feed = self._absorbable(work)
+        if feed is not None:
+            self.phase = Phase.ABSORBING
+            return [AskAbsorb(work.job, work.token, work.attempt, feed, len(work.specs))]
+        return self._put()
+
+    def _absorbable(self, work: _Work) -> Feed | None:
+        """The strand that alone reads everything this work has made, if that is much (rule 8).
+
+        When anybody else waits for an output, holding it back would hold them up.
+        """
+        if not 0 < self.policy.absorb_bytes <= sum(work.sizes.values()):
+            return None
+        feeds = [feed for spec in work.specs for feed in spec.feeds]
+        if len(feeds) != len(work.specs) or len({feed.strand for feed in feeds}) != 1:
+            return None
+        for spec in work.specs:
+            # In a piece of a split strand, the rest of an export is made elsewhere.
+            if spec.requested or len(spec.feeds) != 1 or spec.n_values != len(spec.tasks):
+                return None
+        return feeds[0]
+
+    def _absorb(self, absorbed: Absorbed) -> list[Action]:
+        work = self._held()
+        work.absorbed.append(work.specs[0].feeds[0].strand)
+        work.specs = ()
+        work.sizes.clear()
+        work.base = absorbed.base
+        work.inputs.extend(located.export for located in absorbed.inputs)
+        self.phase = Phase.FETCHING
+        return [Fetch(work.job, absorbed.base, absorbed.program, absorbed.part, absorbed.inputs)]
+
+    def _put(self) -> list[Action]:
+        """Choose what travels inside the commit; the rest is put before it (rule 1)."""
+        work = self._held()
+        self.phase = Phase.PUTTING
+        room = self.policy.inline_bytes
+        items: list[PutItem] = []
+        for spec in work.specs:
+            small, n_small_bytes = spec.tasks, 0
+            if work.sizes:
+                large = [t for t in spec.tasks if work.sizes[t] >= self.policy.blob_bytes]
+                items.extend(PutItem(spec.export, (t,), self._blob(work)) for t in large)
+                small = tuple(t for t in spec.tasks if work.sizes[t] < self.policy.blob_bytes)
+                n_small_bytes = sum(work.sizes[t] for t in small)
+            if small:
+                inline = n_small_bytes <= room
+                room -= n_small_bytes if inline else 0
+                items.append(PutItem(spec.export, small, None if inline else self._blob(work)))
+        return [PutValues(tuple(items))]
+
+    def _blob(self, work: _Work) -> BlobId:
+        blob = BlobId(f"{work.job}/{work.attempt}/{len(work.blobs)}")
+        work.blobs += (blob,)
+        return blob
+
+    def _commit(self, entries: tuple[tuple[ExportId, Entry], ...]) -> list[Action]:
+        work = self._held()
+        recorded: dict[ExportId, list[Entry]] = {}
+        for export, entry in entries:
+            recorded.setdefault(export, []).append(entry)
+        outputs = []
+        for spec in work.specs:
+            made = tuple(recorded[spec.export])
+            n_bytes = sum(entry.size_bytes for entry in made)
+            feeds = tuple(Feed(feed.strand, feed.n_inputs, n_bytes) for feed in spec.feeds)
+            outputs.append(
+                Output(
+                    spec.export,
+                    made,
+                    spec.n_values,
+                    spec.n_consumers,
+                    spec.requested,
+                    feeds,
+                )
+            )
+        split = work.split
+        return self._send(
+            work,
+            outputs=tuple(outputs),
+            spawns=split.spawns if split else (),
+            consumed=split.consumed if split else tuple(work.inputs),
+            retained=split.retained if split else (),
+        )
+
+    def _fail(self, error: bytes | object) -> list[Action]:
+        """A task's exception ends a fail-fast job; so does a value that cannot be encoded."""
+        work = self._held()
+        work.split = None
+        return self._send(work, failed=error)
+
+    def _send(self, work: _Work, **fields: object) -> list[Action]:
+        self.phase = Phase.COMMITTING
+        self._ambiguous = False
+        commit = Commit(
+            job=work.job,
+            token=work.token,
+            attempt=work.attempt,
+            holder=self.holder,
+            absorbed=tuple(work.absorbed),
+            n_tasks=work.n_tasks,
+            become=None if self.is_draining else self._new_attempt(),
+            collected=self._collected,
+            **fields,  # type: ignore[arg-type]  # outputs, spawns, ... of `Commit`, given by name
+        )
+        return [SendCommit(commit)]
+
+    # -------------------------------------------------------------- after a commit
+
+    def _committed(self, receipt: Receipt, now: float) -> list[Action]:
+        split_here = self._overdue
+        actions: list[Action] = []
+        if receipt.invoke:
+            actions.append(Invoke(receipt.invoke))
+        if receipt.garbage and not receipt.job_over:
+            actions.append(Delete(receipt.garbage, self.policy.confirm))
+        self._collected = receipt.garbage
+        if split_here:
+            return [*actions, *self._resume(receipt, now)]
+        if receipt.become is None:
+            return [*actions, *self._idle(None)]
+        return [*actions, *self._begin(receipt.become, now)]
+
+    def _commit_refused(self, refused: Refused) -> list[Action]:
+        work = self._held()
+        actions: list[Action] = []
+        if work.blobs and not self._ambiguous:
+            # A commit that was sent once and refused has never been applied: nobody knows the
+            # blobs. After a lost reply it may have been, and they may be somebody's inputs.
+            actions.append(Delete(work.blobs, False))
+        if self._overdue:
+            self._overdue = False
+            work.doomed = True
+            self.phase = Phase.RUNNING
+            return [*actions, Resume(work.part, 0)]
+        return [*actions, *self._idle(refused)]
+
+    def _idle(self, refused: Refused | None) -> list[Action]:
+        actions: list[Action] = []
+        if refused is not None and refused.invoke:
+            actions.append(Invoke(refused.invoke))
+        if self._work is not None:
+            actions.append(Forget())
+        self._work = None
+        self._renew_at = None
+        self.phase = Phase.IDLE
+        return actions
+
+    # -------------------------------------------------------------- splitting
+
+    def _put_split(self, rest: Edges, piece_of: list[int]) -> list[Action]:
+        """Record what is done, and make pieces of what is not."""
+        work = self._held()
+        work.split = split_rest(
+            rest=rest,
+            piece_of=piece_of,
+            base=work.base,
+            exports=work.part.exports,
+            recorded=work.recorded,
+            inputs=work.inputs,
+            attempt=work.attempt,
+            n_deaths=work.n_deaths,
+        )
+        work.specs = work.split.done_exports
+        return self._put()
+
+    def _split_running(self, overdue: Overdue) -> list[Action]:
+        """Give away what has not begun, while a task runs on (rule 9)."""
+        work = self._held()
+        unchanged = Resume(work.part, len(work.part.tasks))
+        if work.doomed:
+            return [Resume(work.part, 0)]
+        if not self.policy.split or overdue.n_idle < 1 or self.is_draining:
+            return [unchanged]
+        piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
+        if max(piece_of) == 0:
+            return [unchanged]
+        self._overdue = True
+        work.n_tasks += overdue.n_done
+        work.sizes.update(overdue.sizes)
+        return self._put_split(overdue.edges, piece_of)
+
+    def _resume(self, receipt: Receipt, now: float) -> list[Action]:
+        """Go on with the piece that was kept; the run has waited for this."""
+        self._overdue = False
+        self.phase = Phase.RUNNING
+        grant = receipt.become
+        if grant is None or grant.part is None:
+            self._held().doomed = True
+            return [Resume(self._held().part, 0)]
+        self._begin(grant, now)  # its Fetch is dropped: everything the piece reads is here
+        self._fetched(grant.part, now)
+        return [Resume(grant.part, len(grant.part.tasks))]
+
+    # -------------------------------------------------------------- what goes wrong beside it
+
+    def _renewed(self, renewed: Renewed) -> list[Action]:
+        if self._work is not None and renewed.reason in (Reason.SPENT, Reason.OVER):
+            # HELD is no reason to stop: whichever attempt commits first wins.
+            self._work.doomed = True
+            if self.phase is Phase.RUNNING and not self._overdue:
+                return [Resume(self._work.part, 0)]
+        return []
+
+    def _store_failed(self, failed: StoreFailed, now: float) -> list[Action]:
+        """Ask again after a growing wait; abandon the work when that has been in vain for long."""
+        match failed.action:
+            case Invoke() | Delete() | Renew() | ReportLost() | Forget():
+                return []  # the sweeper, the job's end or the next heartbeat does it
+        if self._failing_since is None:
+            self._failing_since = now
+        if isinstance(failed.action, SendCommit):
+            self._ambiguous = True
+        if now - self._failing_since >= self.policy.give_up_s:
+            self._failing_since, self._n_failures = None, 0
+            if self._overdue:
+                self._overdue = False
+                self.phase = Phase.RUNNING
+                self._held().doomed = True
+                return [Resume(self._held().part, 0)]
+            return self._idle(None)
+        self._retry = failed.action
+        self._retry_at = now + self.policy.retry_s * 2 ** min(self._n_failures, 6)
+        self._n_failures += 1
+        return []
+
+    def _held(self) -> _Work:
+        assert self._work is not None, "the executor holds no token"
+        return self._work

@@ -1,0 +1,505 @@
+"""The driver of an executor: performs the core's actions on a store, an invoker and real values.
+
+    take a token --> core: Fetch -> Run -> PutValues -> SendCommit --> (become: Fetch ...) --> idle
+                            ^                 |
+          heartbeat thread: beat() - renews, and takes from a long run what has not begun
+
+There is no policy here: what to do next is the core's to say. The one loop over tasks is
+`_run_ops`; it is the only code that runs once a task, and so the only code written for speed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from wukong import trace
+from wukong.errors import (
+    InvokeError,
+    SecurityError,
+    SerializationError,
+    StoreUnavailable,
+    TaskError,
+)
+from wukong.executor.core import ExecutorCore, Phase, Policy
+from wukong.executor.messages import (
+    AbsorbAnswered,
+    Action,
+    AskAbsorb,
+    AttemptId,
+    Broken,
+    Committed,
+    Condemn,
+    Delete,
+    Done,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Forget,
+    Grant,
+    HolderId,
+    Invocation,
+    Invoke,
+    JobId,
+    Overdue,
+    Part,
+    Put,
+    PutValues,
+    Ran,
+    Receipt,
+    Renew,
+    Renewed,
+    ReportLost,
+    Resume,
+    Run,
+    SendCommit,
+    Start,
+    Started,
+    StoreFailed,
+    StrandId,
+    TokenId,
+)
+from wukong.executor.ops import Op, prepare_ops, reads_of
+from wukong.executor.serialize_failures import Failure, Raised
+from wukong.executor.serialize_programs import Program
+from wukong.executor.recorder import Recorder
+from wukong.executor.wire import (
+    Error,
+    PutRequest,
+    Traffic,
+    UnreadableExports,
+    Wire,
+    measure,
+    open_wire,
+)
+from wukong.storage import Store
+
+SPLIT_AFTER_S = 0.1
+"""A run is looked at this often, by the heartbeat thread, while other executors idle: long against
+what a split costs (a few ms), short against what people notice."""
+PROGRAMS_KEPT = 16
+"""Programs that an executor keeps; pieces of a strand, and its further attempts, share one."""
+
+
+class Invoker(Protocol):
+    """Has executors started."""
+
+    def invoke(self, invocations: Sequence[Invocation]) -> None:
+        """Ask for executors for these tokens; what fails stays queued in the store.
+
+        Raises:
+            InvokeError: some or all were not accepted.
+        """
+        ...
+
+    def n_idle(self) -> int:
+        """How many executors would start at once: a hint."""
+        ...
+
+
+@dataclass(slots=True)
+class _Running:
+    """A run that is under way, which the heartbeat thread may interrupt."""
+
+    part: Part
+    ops: list[Op]
+    """The operations that this run goes through; what has begun is never given away."""
+    iterator: Iterator[Op]
+    """What has not begun. `list()` of it takes everything at once: the interpreter runs no other
+    thread meanwhile, so each operation is either begun or taken."""
+    n_begun: int
+    """Operations that had begun when it was last interrupted."""
+    looked_at: float
+    """When it was begun, or last interrupted."""
+    gate: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a split is decided; the run takes it when its iterator ends."""
+
+
+class Executor:
+    """Runs tokens, one at a time; one for each thread or process.
+
+    Args:
+        holder: its name in the store.
+        store: where its tokens are.
+        invoker: how it has others started.
+        policy: the core's.
+    """
+
+    def __init__(self, holder: HolderId, store: Store, invoker: Invoker, policy: Policy) -> None:
+        self._store = store
+        self._jobs = store.jobs
+        self._invoker = invoker
+        self._holder = holder
+        self._core = ExecutorCore(holder, policy, new_attempt)
+        self._policy = policy
+        self._lock = threading.Lock()
+        """Guards the core: the run's thread and the heartbeat thread both step it."""
+        self._traffic = Traffic()
+        self._wires: dict[JobId, Wire] = {}
+        self._programs: dict[tuple[JobId, StrandId], Program] = {}
+        self._is_retrying = False
+        self._values: dict[int, Any] = {}
+        self._failed: set[int] = set()
+        """Tasks whose value is an error."""
+        self._running: _Running | None = None
+        self._record = Recorder(holder, shares_client=store.blobs is None)
+        self._record_sent: tuple[SendCommit, trace.RunRecord] | None = None
+        self._program: Program | None = None
+
+    # -------------------------------------------------------------- what pools call
+
+    def take(self) -> bool:
+        """Run the first queued token and whatever it becomes. False: nothing was queued."""
+        if self._core.is_draining:
+            return False
+        self._traffic.n_round_trips += 1
+        grant = self._jobs.take(self._holder, new_attempt())
+        if grant is None:
+            return False
+        with self._lock:
+            actions = self._core.adopt(grant, time.monotonic())
+        self._record.begin(grant, is_invoked=True)
+        self._drive(actions, lambda: self._core.phase is Phase.IDLE)
+        return True
+
+    def run(self, job: JobId, token: TokenId) -> None:
+        """Run one given token and whatever it becomes; nothing if the store refuses it."""
+        with self._lock:
+            actions = self._core.start(job, token)
+        self._drive(actions, lambda: self._core.phase is Phase.IDLE)
+
+    def beat(self) -> float:
+        """Renew the token that is held, and split a run that takes long. For a heartbeat thread.
+
+        Returns: seconds until it wants to be called again.
+        """
+        now = time.monotonic()
+        if not self._is_retrying:
+            with self._lock:
+                actions = self._core.tick(now)
+            for action in actions:
+                self._step(action)
+        running = self._running
+        if running is None:
+            return self._policy.heartbeat_s
+        if self._policy.split and now - running.looked_at >= SPLIT_AFTER_S:
+            if self._invoker.n_idle() > 0:
+                self._split(running)
+        return SPLIT_AFTER_S
+
+    def drain(self) -> None:
+        """Commit the current strand, and become and take nothing more."""
+        self._core.is_draining = True
+
+    @property
+    def held(self) -> tuple[JobId, TokenId, AttemptId] | None:
+        """The token that is run."""
+        return self._core.held
+
+    # -------------------------------------------------------------- the loop over actions
+
+    def _drive(self, actions: list[Action], is_done: Callable[[], bool]) -> None:
+        """Perform actions, and what comes of them, until the core has what it wants."""
+        pending = deque(actions)
+        while True:
+            while pending:
+                pending.extend(self._step(pending.popleft()))
+            if is_done():
+                return
+            # The store did not answer. The core has said when to ask again.
+            self._is_retrying = True
+            wake_at = self._core.wake_at()
+            assert wake_at is not None, "the executor waits for nothing"
+            time.sleep(max(0.0, wake_at - time.monotonic()))
+            with self._lock:
+                pending.extend(self._core.tick(time.monotonic()))
+            self._is_retrying = False
+
+    def _step(self, action: Action) -> list[Action]:
+        try:
+            event = self._perform(action)
+        except StoreUnavailable:
+            event = StoreFailed(action)
+        with self._lock:
+            return self._core.handle(event, time.monotonic())
+
+    def _perform(self, action: Action) -> Event:
+        match action:
+            case Start(job, token, attempt):
+                self._traffic.n_round_trips += 1
+                started = self._jobs.start(job, token, attempt, self._holder)
+                if isinstance(started, Grant):
+                    self._record.begin(started, is_invoked=True)
+                return Started(started)
+            case Fetch():
+                return self._fetch(action)
+            case Run(part, limit):
+                return self._run(part, limit)
+            case Condemn():
+                return self._condemn(action)
+            case Resume(part, limit):
+                self._resume(part, limit)
+            case PutValues():
+                return self._put(action)
+            case SendCommit(commit):
+                self._traffic.n_round_trips += 1
+                reply = self._jobs.commit(replace(commit, trace=self._packed(action)))
+                if isinstance(reply, Receipt) and reply.become is not None:
+                    self._record.begin(reply.become, is_invoked=False)
+                return Committed(reply)
+            case AskAbsorb(job, token, attempt, feed, n_held):
+                self._traffic.n_round_trips += 1
+                return AbsorbAnswered(self._jobs.absorb(job, token, attempt, feed, n_held))
+            case Renew(job, token, attempt):
+                self._traffic.n_round_trips += 1
+                return Renewed(self._jobs.renew(job, token, attempt))
+            case Invoke(invocations):
+                try:
+                    self._invoker.invoke(invocations)
+                except InvokeError:
+                    return Done()  # the tokens stay queued, and the sweeper finds them
+            case Delete(blobs):
+                assert self._store.blobs is not None
+                self._store.blobs.delete_many(blobs)
+                self._traffic.n_round_trips += 1
+            case ReportLost(job, token, attempt, exports):
+                self._jobs.report_lost(job, token, attempt, exports)
+                self._traffic.n_round_trips += 1
+            case Forget():
+                self._values = {}
+                self._failed = set()
+        return Done()
+
+    def _wire(self, job: JobId) -> Wire:
+        wire = self._wires.get(job)
+        if wire is None:
+            while len(self._wires) >= PROGRAMS_KEPT:
+                del self._wires[next(iter(self._wires))]
+            wire = self._wires[job] = open_wire(self._store, job, self._traffic)
+        return wire
+
+    # -------------------------------------------------------------- inputs
+
+    def _fetch(self, fetch: Fetch) -> Event:
+        """Get the program and those inputs that are not here already."""
+        wire = self._wire(fetch.job)
+        try:
+            program = self._load(wire, fetch)
+            part = fetch.part or program.part
+            wanted = {value for _, values in part.inputs for value in values}
+            # What this executor made before, and nobody here reads, goes now; the rest of it
+            # need not be fetched.
+            if len(self._values):
+                self._values = {t: v for t, v in self._values.items() if t in wanted}
+            missing = wanted.difference(self._values)
+            values = wire.read(fetch.inputs, missing.__contains__)
+        except UnreadableExports as unreadable:
+            return FetchFailed(unreadable.exports)
+        except (SerializationError, SecurityError) as error:
+            return Broken(wire.put_error(wire.failure(error, -1)))
+        self._values.update((t, v) for t, v in values.items() if t in missing)
+        self._failed = {t for t, v in self._values.items() if isinstance(v, Failure | Raised)}
+        return Fetched(part)
+
+    def _load(self, wire: Wire, fetch: Fetch) -> Program:
+        program = self._programs.get((fetch.job, fetch.base))
+        if program is None:
+            program = wire.read_program(fetch.program)
+            while len(self._programs) >= PROGRAMS_KEPT:
+                del self._programs[next(iter(self._programs))]
+            self._programs[fetch.job, fetch.base] = program
+        self._program = program
+        return program
+
+    # -------------------------------------------------------------- the run
+
+    def _run(self, part: Part, limit: int) -> Event:
+        program = self._program_now()
+        self._values.update(program.literals)
+        ops = prepare_ops(program, part)[:limit]
+        iterator = iter(ops)
+        running = _Running(part, ops, iterator, 0, time.monotonic())
+        self._record.fetched()
+        self._running = running
+        while True:
+            error = self._run_ops(iterator, program)
+            with running.gate:  # a split may be under way: wait for what it leaves
+                if error is not None or running.iterator is iterator:
+                    self._running = None
+                    break
+                iterator = running.iterator
+        return self._ran(running, program, error)
+
+    def _ran(self, running: _Running, program: Program, error: Error | None) -> Ran:
+        part = running.part
+        n_done = self._record.ran(part.tasks)
+        if error is not None:
+            return Ran(n_done, {}, error=self._wire_now().put_error(error))
+        if n_done == len(part.tasks):
+            return Ran(n_done, self._sizes(part, ()))
+        left = part._replace(tasks=part.tasks[n_done:])
+        edges = reads_of(prepare_ops(program, left))
+        return Ran(n_done, self._sizes(part, edges.inputs), edges)
+
+    def _run_ops(self, iterator: Iterator[Op], program: Program) -> Error | None:
+        """The loop over tasks. Returns the error that ends a fail-fast job, or None."""
+        values, failed, ended = self._values, self._failed, self._record.ended
+        clock = time.perf_counter
+        while True:
+            try:
+                if not failed:
+                    for task, func, slots, drops in iterator:
+                        for slot in drops:
+                            values.pop(slot, None)
+                        values[task] = func(*[values[slot] for slot in slots])
+                        ended.append(clock())
+                    return None
+                for task, func, slots, drops in iterator:
+                    for slot in drops:
+                        values.pop(slot, None)
+                    source = next((slot for slot in slots if slot in failed), None)
+                    if source is None:
+                        values[task] = func(*[values[slot] for slot in slots])
+                    else:  # a task takes the error of its input; other tasks run (rule 7)
+                        values[task] = values[source]
+                        failed.add(task)
+                    ended.append(clock())
+                return None
+            except BaseException as raised:  # whatever a task raises is an outcome
+                result = self._retried(task, func, slots, raised, program)
+            if isinstance(result, Failure | Raised):
+                if program.fail_fast:
+                    return result
+                failed.add(task)
+            values[task] = result
+            ended.append(clock())
+
+    def _retried(
+        self,
+        task: int,
+        func: Callable[..., Any],
+        slots: Sequence[int],
+        raised: BaseException,
+        program: Program,
+    ) -> object:
+        """Run a task that raised again, as often as it is annotated. Returns its value or error."""
+        n_retries = program.retries.get(task, 0)
+        for attempt in range(n_retries):
+            self._record.retried[task] = attempt + 1
+            try:
+                return func(*[self._values[slot] for slot in slots])
+            except BaseException as again:  # as above
+                raised = again
+        if isinstance(raised, SystemExit):
+            error = TaskError(f"the task called sys.exit({raised.code!r})")
+            error.__cause__ = raised
+            raised = error
+        return self._wire_now().failure(raised, task)
+
+    def _condemn(self, condemn: Condemn) -> Ran:
+        (task,) = condemn.part.tasks
+        times = "once" if condemn.n_deaths == 1 else f"{condemn.n_deaths} times"
+        error = TaskError(f"the task killed its executor {times}; the last one {condemn.cause}")
+        failure = self._wire_now().failure(error, task)
+        if self._program_now().fail_fast:
+            return Ran(1, {}, error=self._wire_now().put_error(failure))
+        self._values[task] = failure
+        self._record.fetched()
+        self._record.ended.append(time.perf_counter())
+        self._record.ran((task,))
+        return Ran(1, self._sizes(condemn.part, ()))
+
+    def _sizes(self, part: Part, reads: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Sizes of values that are exported, or that the rest reads, as far as they are there."""
+        if not self._wire_now().is_measured:
+            return {}
+        wanted = dict.fromkeys(task for spec in part.exports for task in spec.tasks)
+        wanted.update(dict.fromkeys(task for values in reads for task in values))
+        there = [task for task in wanted if task in self._values]
+        return dict(zip(there, measure([self._values[task] for task in there]), strict=True))
+
+    # -------------------------------------------------------------- splitting a run
+
+    def _split(self, running: _Running) -> None:
+        """Take what has not begun, and do with it what the core says. (Heartbeat thread.)"""
+        with running.gate:
+            if self._running is not running:
+                return
+            rest = list(running.iterator)
+            running.n_begun = len(running.ops) - len(rest)
+            running.looked_at = time.monotonic()
+            if not rest or not running.n_begun:
+                running.iterator = iter(rest)
+                return
+            part, n_done = running.part, running.n_begun - 1
+            edges = reads_of(running.ops[n_done:])
+            self._record.close(part.tasks[:n_done])
+            event = Overdue(n_done, self._sizes(part, edges.inputs), edges, self._invoker.n_idle())
+            with self._lock:
+                actions = self._core.handle(event, time.monotonic())
+            self._drive(actions, lambda: self._core.phase is Phase.RUNNING)
+            if running.part is part:
+                self._record.reopen(n_done)
+
+    def _resume(self, part: Part, limit: int) -> None:
+        """Let the run that was interrupted go on with `part`; with none of it if limit is 0."""
+        running = self._running
+        if running is None:
+            return
+        if limit == 0:
+            list(running.iterator)  # takes what has not begun
+            running.iterator = iter(())
+            return
+        if part is not running.part:
+            kept = set(part.tasks)
+            running.ops = [op for op in running.ops if op[0] in kept]
+            running.part = part
+            running.n_begun = 1  # the task that was running meanwhile
+        running.iterator = iter(running.ops[running.n_begun :])
+
+    # -------------------------------------------------------------- outputs
+
+    def _put(self, action: PutValues) -> Event:
+        wire = self._wire_now()
+        requests = [
+            PutRequest(export, tasks, [self._values[task] for task in tasks], blob)
+            for export, tasks, blob in action.items
+        ]
+        while True:
+            try:
+                return Put(tuple(wire.put(requests)))
+            except SerializationError as error:
+                task = -1 if error.task is None else error.task
+                failure = wire.failure(error, task)
+                if task < 0 or self._program_now().fail_fast:
+                    return Broken(wire.put_error(failure))
+                self._values[task] = failure
+                for request in requests:
+                    if task in request.tasks:
+                        request.values[request.tasks.index(task)] = failure
+
+    def _packed(self, action: SendCommit) -> object:
+        """The trace of a commit; the same again when the commit is repeated."""
+        if self._record_sent is None or self._record_sent[0] is not action:
+            self._record_sent = (action, self._record.pack(self._traffic))
+        record = self._record_sent[1]
+        return trace.pack(record) if self._wire_now().is_measured else record
+
+    def _program_now(self) -> Program:
+        assert self._program is not None, "nothing has been fetched"
+        return self._program
+
+    def _wire_now(self) -> Wire:
+        assert self._core.held is not None, "no token is held"
+        return self._wire(self._core.held[0])
+
+
+def new_attempt() -> AttemptId:
+    """A nonce that no other attempt has or will have."""
+    return AttemptId(os.urandom(8).hex())

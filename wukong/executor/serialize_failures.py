@@ -1,0 +1,160 @@
+"""Exceptions of tasks <-> values: a user's exception comes back as itself, with its traceback.
+
+An exception is pickled where it was raised and unpickled only where it is raised again; between
+them it is a `Failure`, which every executor can hand on without importing what the task imports.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wukong.errors import TaskError
+from wukong.executor.serialize import is_picklable, pickle_in_band
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a task's exception as it was on the executor; its text is `str(self)`.
+
+    Never raised: it is the `__cause__` of the exception that a client raises.
+    """
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A task's exception as a value: plain text and bytes that run nothing until decoded."""
+
+    key: object
+    """Dask's key of the task, or its number where the executor knows no more."""
+    type_name: str
+    """Module and name of the exception's type."""
+    message: str
+    """`str()` of the exception."""
+    traceback_text: str
+    """As Python would have printed it on the executor, without Wukong's own frames."""
+    pickled: bytes
+    """The exception itself; empty if it cannot be pickled in any form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """A task's exception as a value inside one process: the object itself."""
+
+    error: BaseException
+    key: object
+    """The task's number."""
+
+
+def encode_error(error: BaseException, key: object) -> Failure:
+    """Make a value of a task's exception; it never fails.
+
+    That the exception can be unpickled is tried here. One whose unpickling fails or alters it is
+    rebuilt without calling its `__init__`; state that cannot be pickled is left out.
+    """
+    kind = type(error)
+    try:
+        message = str(error)
+    except Exception as failed:
+        message = f"<str() failed: {type(failed).__name__}>"
+    return Failure(
+        key,
+        f"{kind.__module__}.{kind.__qualname__}",
+        message,
+        _traceback_text(error),
+        next((p for p in _pickled_forms(error, message) if _same(p, error, message)), b""),
+    )
+
+
+def decode_error(failure: Failure, key: object = None) -> BaseException:
+    """Return the exception of a failure, as itself where that is possible.
+
+    Its `__cause__` is the remote traceback, and a note names the key. Call it only for failures
+    that a `Codec` decoded: it unpickles.
+
+    Args:
+        key: stands for the failure's own key where the client knows better.
+    Returns:
+        A new exception; a `TaskError` with the same text if the type cannot be rebuilt here.
+    """
+    error: object = None
+    if failure.pickled:
+        try:
+            error = pickle.loads(failure.pickled)
+        except Exception:
+            # The type is not importable here, or __setstate__ fails: the stand-in tells the rest.
+            error = None
+    if not isinstance(error, BaseException):
+        error = TaskError(f"{failure.type_name}: {failure.message}")
+    error.__cause__ = RemoteTraceback(failure.traceback_text)
+    note_key(error, failure.key if key is None else key)
+    return error
+
+
+def note_key(error: BaseException, key: object) -> None:
+    """Add a note that names the task which raised, once."""
+    # What add_note does since Python 3.11.
+    notes = vars(error).setdefault("__notes__", [])
+    note = f"Raised by the task {key!r}"
+    if note not in notes:
+        notes.append(note)
+
+
+def _traceback_text(error: BaseException) -> str:
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_globals.get("__name__", "").startswith("wukong."):
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception as failed:
+        return f"<the traceback cannot be formatted: {type(failed).__name__}: {failed}>"
+
+
+def _pickled_forms(error: BaseException, message: str) -> Iterator[bytes]:
+    """Yield pickles of an exception, the most faithful first."""
+    state = {name: item for name, item in vars(error).items() if is_picklable(item)}
+    forms = (
+        error,
+        _Rebuilt(type(error), error.args, state),
+        _Rebuilt(type(error), (message,), state),
+    )
+    for form in forms:
+        try:
+            yield pickle_in_band(form)
+        except Exception:
+            # Lost state, local types, a failing __reduce__: the next form asks for less.
+            continue
+
+
+def _same(pickled: bytes, error: BaseException, message: str) -> bool:
+    try:
+        copy = pickle.loads(pickled)
+        return type(copy) is type(error) and str(copy) == message
+    except Exception:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rebuilt:
+    """Pickles as an exception that is made without its `__init__`."""
+
+    kind: type[BaseException]
+    args: tuple[Any, ...]
+    state: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.kind, self.args, self.state)
+
+
+def _rebuild(
+    kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
+) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(state)
+    return error

@@ -1,0 +1,1 @@
+"""From a Dask graph to strands: what to run, and in which pieces."""

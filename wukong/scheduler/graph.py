@@ -1,0 +1,674 @@
+"""Whatever Dask hands a scheduler becomes a Plan: dense task ids, edges as arrays, prepared calls.
+
+The only module that knows Dask's internals (`dask._task_spec` and its legacy tuples). It knows
+nothing of strands, stores or executors, and it does not choose where or when anything runs.
+
+One walk does everything: from the requested keys down, depth first and without recursion, each
+reachable node is read once and numbered when its inputs are numbered. Nodes that are flat (a
+function of keys and constants) take a fast path; anything nested becomes a tree of calls.
+
+    {"x": 1, "y": (inc, "x"), "z": (add, "y", "x")}, ["z"]
+        keys      ["y", "z"]                             task ids 0, 1
+        literals  [1]                                    slot -1
+        calls     [(inc, (-1,), ()), (add, (0, -1), ())]
+        inputs    task 1 reads task 0
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from dask._expr import _AnnotationsTombstone
+from dask._task_spec import (
+    Alias,
+    DataNode,
+    Dict,
+    GraphNode,
+    List,
+    Set,
+    Task,
+    TaskRef,
+    Tuple,
+    _execute_subgraph,
+    _is_dask_future,
+    convert_legacy_task,
+)
+from dask.base import get_annotations
+from dask.highlevelgraph import HighLevelGraph
+from dask.utils import ensure_dict
+
+from wukong.errors import CycleError, GraphError, MissingKey
+
+Key: TypeAlias = Hashable
+"""Dask's name of a value: a string, a number, or a tuple of them."""
+Slot: TypeAlias = "int | Call"
+"""Where an argument comes from: >= 0 a task's id; < 0 the literal `~slot`; a call made in place."""
+Call: TypeAlias = tuple[Callable[..., Any], tuple[Slot, ...], tuple[str, ...]]
+"""Function, slots, names: the last `len(names)` slots are keyword arguments."""
+Requested: TypeAlias = "int | tuple[Requested, ...]"
+"""A slot, or the slots of a list of keys, nested as the keys were."""
+
+# Calls nested deeper than this become a Program: whoever evaluates or pickles a call recurses into
+# it, and Python's default limit of 1,000 frames has to do for the user's functions as well.
+MAX_NESTING = 32
+
+# A node before its inputs are numbered: as Slot, with a TaskRef wherever a key is read.
+_Open: TypeAlias = Any
+
+
+@dataclass(slots=True)
+class Plan:
+    """A graph, culled to what the requested keys need and ready to be cut into strands.
+
+    Constants and aliases are not tasks. Every task's inputs have smaller ids than the task.
+    """
+
+    keys: list[Key]
+    """Task id -> Dask's key (n)."""
+    calls: list[Call]
+    """Task id -> what to call (n)."""
+    inputs_ptr: npt.NDArray[np.int64]
+    """Task t reads the tasks `inputs[inputs_ptr[t]:inputs_ptr[t + 1]]` (n + 1)."""
+    inputs: npt.NDArray[np.int32]
+    """Task ids, each once for each reader, in the order of its arguments."""
+    literals: list[object]
+    """Constants, each object once; slot s < 0 is `literals[~s]`."""
+    requested: Requested
+    """Slots of the requested keys, in the shape of the request."""
+    annotations: dict[int, dict[str, Any]]
+    """Task id -> Dask's annotations (`retries`, `priority`, ...); annotated tasks only."""
+
+    def resolve(self, values: Mapping[int, object]) -> Any:
+        """The answer to the request, as `dask.get` shapes it: lists of keys become tuples.
+
+        Args:
+            values: task id -> result, for every requested task; literals are added here.
+        """
+
+        def value(slot: Requested) -> object:
+            if isinstance(slot, tuple):
+                return tuple([value(s) for s in slot])
+            return values[slot] if slot >= 0 else self.literals[~slot]
+
+        return value(self.requested)
+
+
+def plan_graph(dsk: Any, keys: Any) -> Plan:
+    """Turn a Dask graph into a Plan for the given keys.
+
+    The graph is only read. The garbage collector is off meanwhile: nothing here is garbage, and
+    looking for it costs more than the planning once there are a million tasks.
+
+    Args:
+        dsk: a mapping of keys to legacy tuples or `dask._task_spec` nodes, a `HighLevelGraph`, or
+            anything with `__dask_graph__` (an expression, a collection); it is not optimized.
+        keys: one key, or lists of keys nested at will; a key may occur more than once.
+    Raises:
+        MissingKey: a key is requested or read that the graph has not; the message names both.
+        CycleError: tasks wait for each other; the message lists their keys.
+        GraphError: the graph reads a future, which cannot be planned yet.
+    Cost: O(tasks + edges) of what the keys need; 1.5-3 us a task.
+    """
+    with _collector_off():
+        graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
+        planner = _Planner(ensure_dict(graph))
+        planner.walk(_flatten(keys))
+        return planner.plan(keys, _annotations(dsk, graph))
+
+
+def evaluate(call: Call, values: Mapping[int, Any]) -> Any:
+    """Call `call` with its arguments taken from `values`, and whatever is nested in it before.
+
+    Args:
+        values: task ids and negative literal slots -> value.
+    """
+    func, slots, names = call
+    args = [values[s] if type(s) is int else evaluate(s, values) for s in slots]  # type: ignore[arg-type]  # mypy does not narrow by type()
+    if not names:
+        return func(*args)
+    n_positional = len(args) - len(names)
+    return func(*args[:n_positional], **dict(zip(names, args[n_positional:])))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Calls that run one after the other inside one task; the last one's value is the result.
+
+    Stands for Dask's fused task where a value in it is read twice, or the chain is too long to be
+    nested. Dask orders the fused graph anew at every call; here that has been done once.
+    """
+
+    steps: tuple[Call, ...]
+    """Slot >= 0: the input at this position; slot < 0: the value of step `~slot`."""
+    last_uses: tuple[tuple[int, ...], ...]
+    """For each step the slots of earlier steps that nobody reads after it."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        values = dict(enumerate(inputs))
+        for i, step in enumerate(self.steps):
+            values[~i] = evaluate(step, values)
+            for slot in self.last_uses[i]:
+                del values[slot]
+        return values[-len(self.steps)]
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueNode:
+    """Calls a Dask node whose class evaluates itself in its own way, with what it depends on."""
+
+    node: Callable[[Mapping[Any, Any]], Any]
+    """Takes a mapping of key -> value."""
+    keys: tuple[Hashable, ...]
+    """What the node depends on, in the order of the arguments."""
+
+    def __call__(self, *values: Any) -> Any:
+        return self.node(dict(zip(self.keys, values)))
+
+
+def make_list(*items: Any) -> list[Any]:
+    """The list of the arguments: what a list that holds keys becomes."""
+    return list(items)
+
+
+def make_tuple(*items: Any) -> tuple[Any, ...]:
+    """The tuple of the arguments."""
+    return items
+
+
+def make_set(*items: Any) -> set[Any]:
+    """The set of the arguments."""
+    return set(items)
+
+
+def make_dict(*items: Any) -> dict[Any, Any]:
+    """The dict of the arguments: key, value, key, value, ..."""
+    return dict(zip(items[::2], items[1::2]))
+
+
+_MAKERS: dict[type, Callable[..., Any]] = {
+    List: make_list,
+    Tuple: make_tuple,
+    Set: make_set,
+    Dict: make_dict,
+}
+
+
+class _Planner:
+    """The walk's state. Inside it a node is its position in the graph, an int: tuples are dear to
+    hash, and each key is hashed once for the node and once for each mention.
+
+    What a node that waits for its inputs will become stands in `opened` meanwhile:
+
+    - `(func, slots, names, waiting)`: flat; for i in `waiting`, `slots[i]` is a position yet;
+    - `(open, reads)`: nested; `reads` are the keys that the open tree reads.
+    """
+
+    def __init__(self, dsk: Mapping[Any, Any]) -> None:
+        self.names: list[Key] = list(dsk)
+        self.nodes: list[Any] = list(dsk.values())
+        self.index: dict[Any, int] = dict(zip(self.names, range(len(self.names))))
+        self.place: list[Any] = [None] * len(self.names)  # position -> slot, once it has one
+        self.opened: list[Any] = [None] * len(self.names)
+        # Positions to visit. `~i` comes after the inputs of node i, and marks the current path.
+        self.stack: list[int] = []
+        self.keys: list[Key] = []
+        self.calls: list[Call] = []
+        # The plan's inputs before literals are taken out, and where each task's part of it ends.
+        self.slots: list[int] = []
+        self.slots_ptr: list[int] = [0]
+        self.literals: list[object] = []
+        # By identity: an object that many tasks share is stored and shipped once. The objects
+        # live in `literals`, so their ids cannot be given to others.
+        self.literal_of: dict[int, int] = {}
+        self.futures: dict[Key, object] = {}
+        # Types whose instances are constants wherever they occur in a legacy tuple or a Task.
+        self.plain_in_tuples: set[type] = {type(None), slice}
+        self.plain_in_tasks: set[type] = {type(None), slice, str, int, float, bool, tuple}
+
+    def plan(self, keys: Any, annotations: Iterable[tuple[str, Mapping[Any, Any]]]) -> Plan:
+        """What the walk has found, with the requested keys' slots in the request's shape."""
+
+        place, index = self.place, self.index
+
+        def requested(keys: list[Any]) -> tuple[Requested, ...]:
+            return tuple([requested(k) if isinstance(k, list) else place[index[k]] for k in keys])
+
+        slots = np.array(self.slots, dtype=np.int32)
+        is_task = slots >= 0
+        n_tasks_before = np.zeros(len(slots) + 1, dtype=np.int64)
+        np.cumsum(is_task, out=n_tasks_before[1:])
+        return Plan(
+            keys=self.keys,
+            calls=self.calls,
+            inputs_ptr=n_tasks_before[self.slots_ptr],
+            inputs=slots[is_task],
+            literals=self.literals,
+            requested=requested([keys])[0],
+            annotations=self.annotate(annotations),
+        )
+
+    def slot_of(self, key: Key) -> Any:
+        """The slot of a key that the walk has been at."""
+        return self.place[self.index[key]]
+
+    def annotate(
+        self, annotations: Iterable[tuple[str, Mapping[Any, Any]]]
+    ) -> dict[int, dict[str, Any]]:
+        """Annotations by task id. A task's own win over those of its aliases, those over all's."""
+        annotated: dict[int, dict[str, Any]] = {}
+        for name, value in get_annotations().items():
+            for task, key in enumerate(self.keys):
+                annotated.setdefault(task, {})[name] = value(key) if callable(value) else value
+        own: set[tuple[int, str]] = set()
+        for name, value_of in annotations:
+            for key, value in value_of.items():
+                slot = self.slot_of(key) if key in self.index else None
+                if slot is None or slot < 0 or value is None:
+                    continue
+                if isinstance(value, _AnnotationsTombstone):
+                    continue  # how Dask says "this key has none" where it keeps them by function
+                if self.keys[slot] == key:
+                    own.add((slot, name))
+                elif (slot, name) in own:
+                    continue
+                annotated.setdefault(slot, {})[name] = value
+        return annotated
+
+    # -- the walk ---------------------------------------------------------------------------------
+
+    def walk(self, roots: list[Key]) -> None:
+        """Number everything that `roots` need, in post-order. This loop is the hot path."""
+        names, nodes, place, opened, stack = (
+            self.names,
+            self.nodes,
+            self.place,
+            self.opened,
+            self.stack,
+        )
+        keys, calls, all_slots, slots_ptr = self.keys, self.calls, self.slots, self.slots_ptr
+        for root in roots:
+            if root not in self.index:
+                self.fail_missing(root, None)
+        stack.extend([self.index[root] for root in reversed(roots)])
+        while stack:
+            i = stack.pop()
+            if i < 0:
+                i = ~i
+                flat = opened[i]
+                opened[i] = None
+                if len(flat) == 2:
+                    self.close_nested(i, *flat)
+                    continue
+                func, slots, kwnames, waiting = flat
+                for w in waiting:
+                    slots[w] = place[slots[w]]
+            elif place[i] is not None:
+                continue
+            else:
+                node = nodes[i]
+                kind = type(node)
+                if opened[i] is not None:
+                    self.fail_cycle(i)
+                if kind is tuple and node and callable(node[0]):
+                    flat = self.read_tuple(node)
+                elif kind is Task:
+                    flat = self.read_task(i, node)
+                else:
+                    flat = None
+                if flat is None:
+                    self.open_nested(i, node)
+                    continue
+                func, slots, kwnames, waiting = flat
+                if waiting is not None:
+                    opened[i] = flat
+                    stack.append(~i)
+                    stack.extend([slots[w] for w in reversed(waiting)])
+                    continue
+            place[i] = len(keys)
+            keys.append(names[i])
+            calls.append((func, tuple(slots), kwnames))
+            if len(slots) > 1 and len(set(slots)) < len(slots):
+                slots = dict.fromkeys(slots)
+            all_slots.extend(slots)
+            slots_ptr.append(len(all_slots))
+
+    def read_tuple(self, task: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A legacy task `(func, *args)` as (func, slots, names, waiting); None if it is nested."""
+        position, place, literal_of = self.index.get, self.place, self.literal_of
+        slots: list[Any] = []
+        waiting: list[int] | None = None
+        args = iter(task)
+        func = next(args)
+        for a in args:
+            kind = type(a)
+            if kind is str or kind is tuple or kind is int or kind is float or kind is bool:
+                try:
+                    i = position(a)
+                except TypeError:  # holds something that cannot be hashed: no key
+                    return None
+                if kind is tuple and (i is None or (a and callable(a[0]))):
+                    return None
+                if i is not None:
+                    slot = place[i]
+                    if slot is None:
+                        slot = i
+                        if waiting is None:
+                            waiting = []
+                        waiting.append(len(slots))
+                    slots.append(slot)
+                    continue
+            elif kind not in self.plain_in_tuples:
+                if not self.is_plain_in_tuple(a):
+                    return None
+                self.plain_in_tuples.add(kind)
+            slot = literal_of.get(id(a))
+            if slot is None:
+                slot = self.literal(a)
+            slots.append(slot)
+        return func, slots, (), waiting
+
+    def is_plain_in_tuple(self, a: Any) -> bool:
+        """Is `a` a constant in a legacy tuple, whatever its value?"""
+        kinds = (str, int, float, tuple, list, set, frozenset, dict, GraphNode)
+        return not isinstance(a, kinds) and not _is_dask_future(a)
+
+    def read_task(self, reader: int, task: Task) -> tuple[Any, ...] | None:
+        """A Task as (func, slots, names, waiting); None if something is nested in it."""
+        position, place, literal_of = self.index.get, self.place, self.literal_of
+        slots: list[Any] = []
+        waiting: list[int] | None = None
+        func, args, kwargs = task.func, task.args, task.kwargs
+        if func is _execute_subgraph:
+            return None
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(a)
+            if kind is TaskRef or kind is Alias:
+                key = a.key if kind is TaskRef else a.target
+                i = position(key)
+                if i is None:
+                    self.fail_missing(key, self.names[reader])
+                slot = place[i]
+                if slot is None:
+                    slot = i
+                    if waiting is None:
+                        waiting = []
+                    waiting.append(len(slots))
+            else:
+                if kind not in self.plain_in_tasks:
+                    if isinstance(a, (GraphNode, TaskRef)):
+                        return None
+                    self.plain_in_tasks.add(kind)
+                slot = literal_of.get(id(a))
+                if slot is None:
+                    slot = self.literal(a)
+            slots.append(slot)
+        return func, slots, tuple(kwargs) if kwargs else (), waiting
+
+    def literal(self, value: object) -> int:
+        """The slot of a constant."""
+        slot = self.literal_of.get(id(value))
+        if slot is None:
+            slot = self.literal_of[id(value)] = ~len(self.literals)
+            self.literals.append(value)
+        return slot
+
+    # -- nested nodes, constants and aliases ------------------------------------------------------
+
+    def open_nested(self, i: int, node: Any) -> None:
+        """Open a node that is not a flat call, and put what it reads on the stack."""
+        reads: list[Key] = []
+        if isinstance(node, GraphNode):
+            tree = self.translate(node, reads)
+        else:
+            tree = self.legacy(node, reads)
+        if type(tree) is TaskRef and tree.key == self.names[i]:
+            self.fail_missing(tree.key, None)  # Dask drops `{"x": "x"}`: x is said to be elsewhere
+        self.opened[i] = tree, reads
+        self.stack.append(~i)
+        for key in reversed(reads):
+            if key not in self.index:
+                self.fail_missing(key, self.names[i])
+            position = self.index[key]
+            if self.place[position] is None:
+                self.stack.append(position)
+
+    def close_nested(self, i: int, tree: _Open, reads: list[Key]) -> None:
+        """Number a node whose inputs are numbered. A constant and an alias become no task."""
+        slot = _bind(tree, self.slot_of)
+        if type(slot) is tuple:
+            self.calls.append(slot)
+            self.slots.extend(dict.fromkeys([self.slot_of(key) for key in reads]))
+            self.slots_ptr.append(len(self.slots))
+            slot = len(self.keys)
+            self.keys.append(self.names[i])
+        self.place[i] = slot
+
+    def legacy_argument(self, a: Any, reads: list[Key]) -> _Open:
+        """An argument in a legacy tuple. Only here, and only directly, a dict is a container."""
+        return self.argument(Dict(a), reads) if isinstance(a, dict) else self.legacy(a, reads)
+
+    def legacy(self, value: Any, reads: list[Key]) -> _Open:
+        """A value in a legacy graph, by the rules of `convert_legacy_task`."""
+        opened = self.legacy_or_none(value, reads)
+        return self.legacy_constant(value) if opened is None else opened
+
+    def legacy_or_none(self, value: Any, reads: list[Key]) -> _Open:
+        """As `legacy`, but None for a constant, so that a container can be one constant."""
+        kind = type(value)
+        if kind is tuple and value and callable(value[0]):
+            return value[0], tuple([self.legacy_argument(a, reads) for a in value[1:]]), ()
+        if isinstance(value, (str, int, float, tuple)):
+            try:
+                if value in self.index:
+                    return self.read(value, reads)
+            except TypeError:
+                pass  # holds something that cannot be hashed: no key
+        if kind is list or kind is tuple:
+            items = [self.legacy_or_none(v, reads) for v in value]
+            if not any(item is not None for item in items):
+                return None
+            slots = [
+                self.legacy_constant(v) if item is None else item for v, item in zip(value, items)
+            ]
+            return (make_list if kind is list else make_tuple), tuple(slots), ()
+        if isinstance(value, (str, int, float)):
+            return None
+        if _is_dask_future(value):
+            return self.read_future(value, reads)
+        converted = convert_legacy_task(None, value, self.index)
+        return self.translate(converted, reads) if isinstance(converted, GraphNode) else None
+
+    def legacy_constant(self, value: Any) -> int:
+        """The slot of a value without keys; as in Dask, the graph's containers are copied."""
+        return self.literal(convert_legacy_task(None, value, self.index))
+
+    def argument(self, a: Any, reads: list[Key]) -> _Open:
+        """An argument of a Task."""
+        if isinstance(a, GraphNode):
+            return self.translate(a, reads)
+        return self.read_future(a, reads) if isinstance(a, TaskRef) else self.literal(a)
+
+    def read(self, key: Any, reads: list[Key]) -> TaskRef:
+        reads.append(key)
+        return TaskRef(key)
+
+    def read_future(self, ref: Any, reads: list[Key]) -> TaskRef:
+        """A TaskRef, or a future, which is the same where the graph has its key."""
+        if type(ref) is not TaskRef:
+            self.futures[ref.key] = ref
+        return self.read(ref.key, reads)
+
+    def translate(self, node: GraphNode, reads: list[Key]) -> _Open:
+        """A Dask node as an open call, key or literal; told apart by how its class evaluates."""
+        how = type(node).__call__
+        if how is Task.__call__:
+            assert isinstance(node, Task)
+            if node.func is _execute_subgraph and type(node.args[0]) is dict:
+                return self.inline(*node.args, reads=reads)
+            maker = _MAKERS.get(type(node))
+            if maker is None:
+                args, func = (*node.args, *node.kwargs.values()), node.func
+                slots = tuple([self.argument(a, reads) for a in args])
+                return func, slots, tuple(node.kwargs)
+            if not any(isinstance(a, (GraphNode, TaskRef)) for a in node.args):
+                return self.literal(maker(*node.args))
+            return maker, tuple([self.argument(a, reads) for a in node.args]), ()
+        if how is Alias.__call__:
+            assert isinstance(node, Alias)
+            return self.read(node.target, reads)
+        if how is DataNode.__call__:
+            assert isinstance(node, DataNode)
+            return self.literal(node.value)
+        keys = tuple(sorted(node.dependencies, key=repr))
+        return OpaqueNode(node, keys), tuple([self.read(k, reads) for k in keys]), ()
+
+    # -- fused tasks ------------------------------------------------------------------------------
+
+    def inline(
+        self, inner: dict[Any, Any], out: Key, names: Iterable[Key], *args: Any, reads: list[Key]
+    ) -> _Open:
+        """A fused task: nested calls where each inner value is read once, else a Program."""
+        given = {name: self.argument(a, reads) for name, a in zip(names, args)}
+        order, opened, n_reads = self.order_inner(inner, out, given)
+        value: dict[Key, Any] = dict(given)
+        depth: dict[Key, int] = dict.fromkeys(given, 0)
+        for key in order:
+            call, inner_reads = opened[key]
+            value[key] = _bind(call, value.__getitem__)
+            below = max([depth[read] for read in inner_reads], default=0)
+            depth[key] = below + (type(call) is tuple)
+        twice = any(type(value[key]) is tuple for key, n in n_reads.items() if n > 1)
+        if not twice and depth[out] <= MAX_NESTING:
+            return value[out]
+        return self.program(order, opened, given)
+
+    def order_inner(
+        self, inner: dict[Any, Any], out: Key, given: Mapping[Key, Any]
+    ) -> tuple[list[Key], dict[Key, tuple[_Open, list[Key]]], dict[Key, int]]:
+        """A fused graph's nodes in post-order, each opened with what it reads, and reads by key."""
+        order: list[Key] = []
+        opened: dict[Key, tuple[_Open, list[Key]]] = {}
+        n_reads: dict[Key, int] = {}
+        done: set[Key] = set(given)
+        path = [out]
+        while path:
+            key = path[-1]
+            if key in done:
+                path.pop()
+            elif key in opened:
+                order.append(key)
+                done.add(path.pop())
+            elif key not in inner:
+                self.fail_missing(key, out)
+            else:
+                reads: list[Key] = []
+                opened[key] = self.translate(inner[key], reads), reads
+                for read in reads:
+                    n_reads[read] = n_reads.get(read, 0) + 1
+                    if read in opened and read not in done:
+                        raise CycleError(f"the fused task {out!r} waits for itself, by {read!r}")
+                path.extend([read for read in reversed(reads) if read not in done])
+        return order, opened, n_reads
+
+    def program(
+        self,
+        order: list[Key],
+        opened: Mapping[Key, tuple[_Open, list[Key]]],
+        given: Mapping[Key, Any],
+    ) -> _Open:
+        """The call of a Program of the nodes `order`; its literals are arguments like the rest."""
+        arguments: list[_Open] = list(given.values())
+        literal_at: dict[int, int] = {}
+        at: dict[Key, int] = {name: i for i, name in enumerate(given)}
+        steps: list[Call] = []
+        last_reader: dict[int, int] = {}
+
+        def local(slot: _Open) -> Any:
+            if type(slot) is tuple:
+                return slot[0], tuple([local(s) for s in slot[1]]), slot[2]
+            if type(slot) is TaskRef:
+                place = at[slot.key]
+                if place < 0:
+                    last_reader[place] = len(steps)
+                return place
+            if slot not in literal_at:
+                literal_at[slot] = len(arguments)
+                arguments.append(slot)
+            return literal_at[slot]
+
+        for key in order:
+            place = local(opened[key][0])
+            if type(place) is tuple:
+                steps.append(place)
+                place = -len(steps)
+            at[key] = place
+        last_uses: list[list[int]] = [[] for _ in steps]
+        for place, reader in last_reader.items():
+            if reader < len(steps):  # beyond them: the result itself, by an alias
+                last_uses[reader].append(place)
+        return Program(tuple(steps), tuple(map(tuple, last_uses))), tuple(arguments), ()
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def fail_missing(self, key: Key, needed_by: Key | None) -> NoReturn:
+        """The one place that is reached with a key that the graph has not, so with a future."""
+        if key in self.futures:
+            raise GraphError(f"{key!r}, which {needed_by!r} needs, is a future, not in the graph")
+        reader = "requested" if needed_by is None else f"needed by {needed_by!r}"
+        raise MissingKey(f"{key!r} is {reader}, but is not in the graph")
+
+    def fail_cycle(self, i: int) -> NoReturn:
+        """Raise the error for node i, read while its own inputs are being numbered."""
+        path = [~place for place in self.stack if place < 0]
+        cycle = [repr(self.names[j]) for j in [*path[path.index(i) :], i]]
+        if len(cycle) > 12:
+            cycle[6:-5] = ["..."]
+        raise CycleError("tasks wait for each other: " + " -> ".join(cycle))
+
+
+def _bind(tree: _Open, slot_of: Callable[[Key], Any]) -> Any:
+    """Replace the keys in an open tree by their slots."""
+    kind = type(tree)
+    if kind is tuple:
+        func, slots, names = tree
+        return func, tuple([_bind(slot, slot_of) for slot in slots]), names
+    return slot_of(tree.key) if kind is TaskRef else tree
+
+
+def _flatten(keys: Any) -> list[Key]:
+    """The requested keys, without the lists around them. A tuple is a key."""
+    flat: list[Key] = []
+    for key in keys if isinstance(keys, list) else [keys]:
+        if isinstance(key, list):
+            flat.extend(_flatten(key))
+        else:
+            flat.append(key)
+    return flat
+
+
+def _annotations(dsk: Any, graph: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """(name, key -> value) of whatever annotations the graph carries."""
+    if hasattr(dsk, "__dask_annotations__"):
+        yield from dsk.__dask_annotations__().items()
+    elif isinstance(graph, HighLevelGraph):
+        for layer in graph.layers.values():
+            for name, value in (layer.annotations or {}).items():
+                yield name, {key: value(key) if callable(value) else value for key in layer}
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Switch Python's cyclic garbage collector off, and on again if it was on."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,232 @@
+"""How simulated executors come to life: a pool of local processes, and functions in a cloud."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from wukong.executor.messages import HolderId, Invocation
+from wukong.sim.executor import DRAIN_AT, SimExecutor
+from wukong.sim.store import SimStore
+from wukong.sim.world import World
+
+DELAYED_S = (0.5, 20.0)
+"""How late a delayed invocation is."""
+
+
+class SimInvoker(Protocol):
+    """Has executors started."""
+
+    def invoke(self, invocations: Sequence[Invocation]) -> None:
+        """Ask for executors for these tokens."""
+        ...
+
+    def n_idle(self) -> int:
+        """How many executors would start at once."""
+        ...
+
+
+def open_invoker(world: World, store: SimStore) -> SimInvoker:
+    """Make the invoker that the platform has."""
+    if world.setting.platform.takes_queued:
+        return LocalPool(world, store)
+    return Functions(world, store)
+
+
+class _Deliveries:
+    """Invocations on their way: some are lost, repeated, delayed or refused."""
+
+    def __init__(self, world: World, deliver: Callable[[Invocation], None]) -> None:
+        self._world = world
+        self._deliver = deliver
+
+    def send(self, invocations: Sequence[Invocation], typical_s: float) -> None:
+        world, faults = self._world, self._world.setting.faults
+        world.counts["invocations"] += len(invocations)
+        for invocation in invocations:
+            if world.hits(faults.throttled) or world.hits(faults.invoke_lost):
+                continue
+            for _ in range(1 + world.hits(faults.invoke_repeated)):
+                delay_s = world.latency_s(typical_s)
+                if world.hits(faults.invoke_delayed):
+                    delay_s += world.rng.uniform(*DELAYED_S)
+                world.after(delay_s, self._deliver, invocation)
+
+
+class LocalPool:
+    """A fixed number of processes that take queued tokens; an invocation wakes one.
+
+    A death is noticed at once; what the dead one held is queued again, and it is replaced.
+    """
+
+    def __init__(self, world: World, store: SimStore) -> None:
+        self._world = world
+        self._store = store
+        self._deliveries = _Deliveries(world, self._wake)
+        self._idle: deque[SimExecutor] = deque()
+        self._n_born = 0
+        self._is_missed = False
+        """A wake-up came while nobody was idle: whoever finds nothing looks again."""
+        for _ in range(world.setting.n_executors):
+            self._bear()
+
+    def invoke(self, invocations: Sequence[Invocation]) -> None:
+        """See `SimInvoker`."""
+        self._deliveries.send(invocations, self._world.setting.platform.warm_start_s)
+
+    def n_idle(self) -> int:
+        """See `SimInvoker`."""
+        return max(0, len(self._idle) - len(self._store.rows.queue))
+
+    def _bear(self) -> None:
+        self._n_born += 1
+        executor = SimExecutor(
+            self._world,
+            self._store,
+            HolderId(f"p{self._n_born}"),
+            invoke=self.invoke,
+            n_idle=self.n_idle,
+            on_idle=self._rest,
+            on_death=self._bury,
+        )
+        self._idle.append(executor)
+        self._wake()
+
+    def _wake(self, _: Invocation | None = None) -> None:
+        if self._idle:
+            self._idle.popleft().take()
+        else:
+            self._is_missed = True
+
+    def _rest(self, executor: SimExecutor) -> None:
+        """An executor holds nothing: it looks for more, and sleeps when there is nothing."""
+        if self._store.rows.queue or self._is_missed:
+            self._is_missed = False
+            executor.take()
+        else:
+            self._idle.append(executor)
+
+    def _bury(self, executor: SimExecutor, cause: str) -> None:
+        platform = self._world.setting.platform
+        assert platform.notice_death_s is not None
+        self._world.after(platform.notice_death_s, self._release, executor.holder, cause)
+        self._world.after(platform.cold_start_s, self._bear)
+
+    def _release(self, holder: HolderId, cause: str) -> None:
+        self._store.call(
+            lambda: self._store.release(holder, cause),
+            lambda _, invocations: self.invoke(invocations),
+            lambda: self._world.after(0.1, self._release, holder, cause),
+        )
+
+
+class Functions:
+    """One executor for each invocation, warm ones again, up to a number at a time.
+
+    What cannot be started yet waits in the platform's queue. An invocation whose executor died is
+    repeated by the platform, and dropped at last.
+    """
+
+    def __init__(self, world: World, store: SimStore) -> None:
+        self._world = world
+        self._store = store
+        self._deliveries = _Deliveries(world, self._receive)
+        self._warm: list[SimExecutor] = []
+        self._queue: deque[tuple[Invocation, int]] = deque()
+        self._running: dict[HolderId, tuple[Invocation, int]] = {}
+        self._n_born = 0
+        self._tokens = world.setting.platform.burst
+        self._filled_at = 0.0
+        self._looks_again = False
+
+    def invoke(self, invocations: Sequence[Invocation]) -> None:
+        """See `SimInvoker`."""
+        self._deliveries.send(invocations, self._world.setting.platform.warm_start_s)
+
+    def n_idle(self) -> int:
+        """See `SimInvoker`."""
+        busy = len(self._running) + len(self._queue)
+        return max(0, self._world.setting.n_executors - busy)
+
+    def _receive(self, invocation: Invocation, n_tries: int = 0) -> None:
+        self._queue.append((invocation, n_tries))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        world, platform = self._world, self._world.setting.platform
+        while self._queue and len(self._running) < world.setting.n_executors:
+            if self._warm:
+                executor = self._warm.pop()
+            elif self._has_room():
+                executor = self._bear()
+            else:
+                if not self._looks_again:
+                    self._looks_again = True
+                    world.after(1.0 / platform.rate_per_s, self._look_again)
+                return
+            invocation, n_tries = self._queue.popleft()
+            self._running[executor.holder] = invocation, n_tries
+            is_new = executor.holder == f"f{self._n_born}" and not executor.has_begun
+            world.after(
+                world.latency_s(platform.cold_start_s) if is_new else 0.0,
+                self._begin,
+                executor,
+                invocation,
+            )
+
+    def _look_again(self) -> None:
+        self._looks_again = False
+        self._dispatch()
+
+    def _has_room(self) -> bool:
+        """Take one from the token bucket of new executors."""
+        platform, now = self._world.setting.platform, self._world.now
+        refill = (now - self._filled_at) * platform.rate_per_s
+        self._tokens = min(platform.burst, self._tokens + refill)
+        self._filled_at = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+    def _bear(self) -> SimExecutor:
+        self._n_born += 1
+        return SimExecutor(
+            self._world,
+            self._store,
+            HolderId(f"f{self._n_born}"),
+            invoke=self.invoke,
+            n_idle=self.n_idle,
+            on_idle=self._rest,
+            on_death=self._bury,
+        )
+
+    def _begin(self, executor: SimExecutor, invocation: Invocation) -> None:
+        limit_s = self._world.setting.platform.time_limit_s
+        if limit_s is not None:
+            begun = self._running[executor.holder]
+            executor.drains(False)
+            self._world.after(limit_s * DRAIN_AT, self._drain, executor, begun)
+            self._world.after(limit_s, self._time_out, executor, begun)
+        executor.begin(invocation)
+
+    def _drain(self, executor: SimExecutor, begun: tuple[Invocation, int]) -> None:
+        if self._running.get(executor.holder) is begun:
+            executor.drains(True)
+
+    def _time_out(self, executor: SimExecutor, begun: tuple[Invocation, int]) -> None:
+        if self._running.get(executor.holder) is begun:
+            executor.die("its time was up")
+
+    def _rest(self, executor: SimExecutor) -> None:
+        del self._running[executor.holder]
+        self._warm.append(executor)
+        self._dispatch()
+
+    def _bury(self, executor: SimExecutor, cause: str) -> None:
+        invocation, n_tries = self._running.pop(executor.holder)
+        retries = self._world.setting.platform.retry_after_s
+        if n_tries < len(retries):
+            self._world.after(retries[n_tries], self._receive, invocation, n_tries + 1)
+        self._dispatch()

@@ -1,0 +1,274 @@
+"""The store of one process, `memory://`: rows are the objects themselves, under one lock.
+
+Values inside entries are never copied or pickled. This store is also the model that the others are
+compared with, so that it is as plain as it can be.
+
+    jobs    job id -> table code -> row id -> row
+    queue   priority -> (job id, token id), first queued first
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from wukong.executor.messages import (
+    Absorbed,
+    AttemptId,
+    Commit,
+    Create,
+    ExportId,
+    Feed,
+    Grant,
+    HolderId,
+    Invocation,
+    JobId,
+    JobView,
+    Located,
+    Reason,
+    Receipt,
+    Refused,
+    Relaunch,
+    TokenId,
+)
+from wukong.storage import state
+from wukong.storage.contract import QueueStore
+from wukong.storage.state import Table, TokenRow
+
+R = TypeVar("R")
+
+
+class _Queue:
+    """The queued tokens of all jobs, in the order in which they are taken."""
+
+    __slots__ = ("_by_priority",)
+
+    def __init__(self) -> None:
+        self._by_priority: dict[int, OrderedDict[tuple[JobId, str], None]] = {}
+
+    def add(self, job: JobId, token: str, priority: int) -> None:
+        """Append a token; one that is queued already keeps its place."""
+        self._by_priority.setdefault(priority, OrderedDict()).setdefault((job, token))
+
+    def remove(self, job: JobId, token: str, priority: int) -> None:
+        """Remove a token; one that is not queued is no error."""
+        line = self._by_priority.get(priority)
+        if line is None:
+            return
+        line.pop((job, token), None)
+        if not line:
+            del self._by_priority[priority]
+
+    def first(self) -> tuple[JobId, TokenId, int] | None:
+        """The next token and its priority."""
+        if not self._by_priority:
+            return None
+        priority = max(self._by_priority)
+        job, token = next(iter(self._by_priority[priority]))
+        return job, TokenId(token), priority
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._by_priority.values())
+
+
+class _MemoryRows:
+    """The rows of one job."""
+
+    __slots__ = ("_queue", "_tables", "job")
+
+    def __init__(self, job: JobId, queue: _Queue) -> None:
+        self.job = job
+        self._queue = queue
+        self._tables: dict[str, dict[str, object]] = {table.code: {} for table in state.TABLES}
+
+    def get(self, table: Table[R], key: str) -> R | None:
+        return self._tables[table.code].get(key)  # type: ignore[return-value]  # by its table
+
+    def put(self, table: Table[R], key: str, row: R) -> None:
+        self._tables[table.code][key] = row
+        if isinstance(row, TokenRow):
+            if row.running:
+                self._queue.remove(self.job, key, row.priority)
+            else:
+                self._queue.add(self.job, key, row.priority)
+
+    def delete(self, table: Table[R], key: str) -> None:
+        row = self._tables[table.code].pop(key, None)
+        if isinstance(row, TokenRow):
+            self._queue.remove(self.job, key, row.priority)
+
+    def scan(self, table: Table[R]) -> Iterator[tuple[str, R]]:
+        # Sorted as the embedded store's keys are, so that both hand out tokens in one order.
+        return iter(sorted(self._tables[table.code].items()))  # type: ignore[arg-type]  # by its table
+
+
+class MemoryJobStore(QueueStore):
+    """Jobs in the memory of this process, for threads."""
+
+    def __init__(
+        self, silence_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            silence_s: a running token without heartbeat for this long counts as dead.
+            clock: seconds; only tests give another one.
+        """
+        self._silence_s = silence_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._n_waiting = 0
+        self._n_waiting_for_progress = 0
+        self._jobs: dict[JobId, _MemoryRows] = {}
+        self._queue = _Queue()
+
+    def create(self, request: Create) -> tuple[Invocation, ...]:
+        with self._lock:
+            rows = self._rows(request.job)
+            minted = state.create(rows, request, self._silence_s, self._clock())
+            self._jobs[request.job] = rows
+            return minted
+
+    def start(
+        self, job: JobId, token: TokenId, attempt: AttemptId, holder: HolderId
+    ) -> Grant | Refused:
+        with self._lock:
+            return state.start(self._rows(job), token, attempt, holder, self._clock())
+
+    def take(self, holder: HolderId, attempt: AttemptId) -> Grant | None:
+        if not self._queue:
+            return None
+        with self._lock:
+            while (first := self._queue.first()) is not None:
+                job, token, priority = first
+                reply = state.start(self._rows(job), token, attempt, holder, self._clock())
+                if isinstance(reply, Grant):
+                    return reply
+                self._queue.remove(job, token, priority)
+            return None
+
+    def n_queued(self) -> int:
+        with self._lock:
+            return len(self._queue)
+
+    def renew(self, job: JobId, token: TokenId, attempt: AttemptId) -> Reason | None:
+        with self._lock:
+            return state.renew(self._rows(job), token, attempt, self._clock())
+
+    def absorb(
+        self, job: JobId, token: TokenId, attempt: AttemptId, feed: Feed, n_held: int
+    ) -> Absorbed | Refused:
+        with self._lock:
+            return state.absorb(self._rows(job), token, attempt, feed, n_held)
+
+    def commit(self, request: Commit) -> Receipt | Refused:
+        with self._lock:
+            reply = state.commit(self._rows(request.job), request, self._clock())
+            if (
+                self._n_waiting
+                and isinstance(reply, Receipt)
+                and (reply.job_over or self._n_waiting_for_progress)
+            ):
+                self._changed.notify_all()
+            return reply
+
+    def release(self, holder: HolderId, cause: str) -> tuple[Invocation, ...]:
+        with self._lock:
+            now = self._clock()
+            return tuple(
+                invocation
+                for _, rows in sorted(self._jobs.items())
+                for invocation in state.release(rows, holder, cause, now)
+            )
+
+    def expired(self, job: JobId) -> tuple[Invocation, ...]:
+        with self._lock:
+            return state.expired(self._rows(job), self._clock())
+
+    def report_lost(
+        self, job: JobId, token: TokenId, attempt: AttemptId, exports: Sequence[ExportId]
+    ) -> bool:
+        with self._lock:
+            self._changed.notify_all()
+            return state.report_lost(self._rows(job), token, attempt, exports)
+
+    def mark_lost(self, job: JobId, exports: Sequence[ExportId]) -> None:
+        with self._lock:
+            self._changed.notify_all()
+            state.mark_lost(self._rows(job), exports)
+
+    def recorded(self, job: JobId) -> tuple[ExportId, ...]:
+        with self._lock:
+            return state.recorded(self._rows(job))
+
+    def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
+        with self._lock:
+            self._changed.notify_all()
+            return state.relaunch(self._rows(request.job), request, self._clock())
+
+    def view(self, job: JobId) -> JobView | None:
+        with self._lock:
+            return state.view(self._rows(job))
+
+    def wait(
+        self, job: JobId, version: int, timeout_s: float, progress: bool = False
+    ) -> JobView | None:
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self._n_waiting += 1
+            self._n_waiting_for_progress += progress
+            try:
+                while True:
+                    rows = self._rows(job)
+                    row = rows.get(state.JOB, state.THE_JOB)
+                    remaining_s = deadline - time.monotonic()
+                    if row is None or remaining_s <= 0 or state.is_news(row, version, progress):
+                        return state.view(rows)
+                    self._changed.wait(remaining_s)
+            finally:
+                self._n_waiting -= 1
+                self._n_waiting_for_progress -= progress
+
+    def results(self, job: JobId) -> tuple[Located, ...]:
+        with self._lock:
+            return state.results(self._rows(job))
+
+    def traces(self, job: JobId) -> tuple[object, ...]:
+        with self._lock:
+            return state.traces(self._rows(job))
+
+    def collect(self, job: JobId) -> tuple[tuple[Located, ...], tuple[object, ...]]:
+        with self._lock:
+            rows = self._rows(job)
+            return state.results(rows), state.traces(rows)
+
+    def manifest(self, job: JobId) -> object | None:
+        with self._lock:
+            return state.manifest(self._rows(job))
+
+    def cancel(self, job: JobId) -> bool:
+        with self._lock:
+            self._changed.notify_all()
+            return state.cancel(self._rows(job))
+
+    def forget(self, job: JobId) -> None:
+        with self._lock:
+            self._changed.notify_all()
+            rows = self._jobs.pop(job, None)
+            if rows is not None:
+                for key, row in rows.scan(state.TOKENS):
+                    self._queue.remove(job, key, row.priority)
+
+    def jobs(self) -> tuple[JobId, ...]:
+        with self._lock:
+            return tuple(sorted(self._jobs))
+
+    def close(self) -> None:
+        """Nothing is held outside this object."""
+
+    def _rows(self, job: JobId) -> _MemoryRows:
+        return self._jobs.get(job) or _MemoryRows(job, self._queue)
