@@ -71,9 +71,9 @@ class LocalCluster:
         self._own_directory = None
         policy = executor_policy(is_measured=processes)
         self._is_cut = bool(config.get("executor.strands"))
-        from wukong.executor.pool import ProcessPool, ThreadPool
+        from wukong.executor.pool import ProcessPool
 
-        self._pool: ProcessPool | ThreadPool
+        self._pool: ProcessPool
         if processes:
             remove_stale()
             if directory is None:
@@ -82,12 +82,14 @@ class LocalCluster:
             if memory_limit is None:
                 memory_limit = config.get("local.memory-limit")
             url = f"local://{os.path.abspath(self.directory)}"
-            self._store = open_store(url, silence_s=self._silence_s, limit_bytes=memory_limit)
+            options = {"silence_s": self._silence_s, "limit_bytes": memory_limit}
+            self._store = open_store(url, **options)
             self._pool = ProcessPool(
                 url,
                 self.n_workers,
                 policy,
                 store=self._store,
+                store_options=options,
                 preload=tuple(config.get("local.preload")),
             )
         else:

@@ -20,9 +20,9 @@ import numpy as np
 
 from wukong.executor.messages import JobView, Status
 from wukong.report_chrome import write_chrome
-from wukong.report_columns import TaskColumns, decode_tasks
-from wukong.report_drawing import Picture, size_text, time_text, to_html, write_png
-from wukong.trace import RunRecord, unpack
+from wukong.report_columns import TaskColumns, decode_tasks, function_codes
+from wukong.report_drawing import Picture, count_text, size_text, time_text, to_html, write_png
+from wukong.trace import RunRecord, read
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -79,15 +79,11 @@ class Report:
         self._client = client
         self.wall_s = wall_s
         """From the request to the results, in seconds."""
-        """Executors invoked; a strand that an executor becomes needs none."""
 
     @cached_property
     def records(self) -> list[RunRecord]:
         """One record for each committed run, in the order in which they began."""
-        records = [
-            trace if isinstance(trace, RunRecord) else _unpacked(trace) for trace in self._traces
-        ]
-        return sorted(records, key=lambda record: (record.begun_at, record.token))
+        return sorted(map(read, self._traces), key=lambda record: (record.begun_at, record.token))
 
     @cached_property
     def _tasks(self) -> TaskColumns:
@@ -197,11 +193,11 @@ class Report:
             task = self._keys.index(key)
         except ValueError:
             raise KeyError(_unknown_key(key, self._keys)) from None
-        head = f"{key!r}: task {task:,} of {self.tasks:,}"
+        head = f"{key!r}: task id {task:,} of a job of {count_text(self.tasks, 'task')}"
         rows = np.flatnonzero(self._tasks.task == task).tolist()
         if not rows:
-            done = f"{self._view.n_tasks_done:,} tasks are done"
-            troubles = f"{self.deaths:,} attempts died, {self.retries:,} were retries"
+            done = f"{count_text(self._view.n_tasks_done, 'task')} done"
+            troubles = f"deaths: {self.deaths:,}, retries: {self.retries:,}"
             return f"{head}\n  no committed run; the job is {self.status}, {done}; {troubles}"
         if len(rows) > 1:
             head += f", committed {len(rows)} times (once in each generation of the job)"
@@ -216,19 +212,19 @@ class Report:
         first = int(np.searchsorted(columns.run, run))
         n_tasks = int(np.searchsorted(columns.run, run, side="right")) - first
         before, after = self._neighbours(run)
-        waited_s = record.begun_at - (before.sent_at if before else self._begun_at)
-        since = "its executor's last commit" if before else "the job's begin"
         lines = [
             f"  where     strand {record.strand}, token {record.token}, executor {record.holder}",
             f"  ran       {self._after(begin_s)} to {self._after(end_s)}"
             f" ({time_text(end_s - begin_s)}), number {row - first + 1:,} of {n_tasks:,}",
             f"  attempts  {_attempts(record, task)}",
-            f"  queue     {time_text(waited_s)} since {since}",
+            f"  begun     {self._after(record.begun_at - self._begun_at)},"
+            f" {self._origin(record, before)}",
             f"  fetch     {time_text(record.fetched_at - record.begun_at)}:"
-            f" {size_text(record.bytes_read)}, {record.n_blobs_read:,} blobs",
-            f"  run       {time_text(record.ran_at - record.fetched_at)}: {n_tasks:,} tasks",
+            f" {size_text(record.bytes_read)}, {count_text(record.n_blobs_read, 'blob')}",
+            f"  run       {time_text(record.ran_at - record.fetched_at)}:"
+            f" {count_text(n_tasks, 'task')}",
             f"  put       {time_text(record.sent_at - record.ran_at)}:"
-            f" {size_text(record.bytes_written)}, {record.n_blobs_written:,} blobs;"
+            f" {size_text(record.bytes_written)}, {count_text(record.n_blobs_written, 'blob')};"
             f" committed at {self._after(record.sent_at - self._begun_at)}",
         ]
         for name, there, step, other in (
@@ -246,6 +242,13 @@ class Report:
         before = (r for r in reversed(self.records[:run]) if r.holder == holder)
         after = (r for r in self.records[run + 1 :] if r.holder == holder)
         return next(before, None), next(after, None)
+
+    def _origin(self, record: RunRecord, before: RunRecord | None) -> str:
+        """How the executor came to this run, and how long it had been idle."""
+        since_at = before.sent_at if before else self._begun_at
+        since = f"it committed strand {before.strand}" if before else "the job's begin"
+        how = "invoked" if record.is_invoked else "become by its executor"
+        return f"{how} {time_text(record.begun_at - since_at)} after {since}"
 
     def _after(self, time_s: float) -> str:
         return f"{time_s:.6f} s"
@@ -279,14 +282,23 @@ class Report:
 
     def _picture(self) -> Picture:
         return Picture(
-            self._keys, self.records, self._tasks, self._begun_at, self.wall_s, self._summary()
+            self._keys,
+            self.records,
+            self._tasks,
+            self._begun_at,
+            self.wall_s,
+            self._summary(),
+            f"{count_text(self.invocations, 'invocation')}, {count_text(self.commits, 'commit')},"
+            f" {count_text(self.round_trips, 'round trip')}, {size_text(self.bytes_read)} read,"
+            f" {size_text(self.bytes_written)} written",
         )
 
     def _summary(self) -> str:
         state = "" if self.status == "done" else f" ({self.status})"
         return (
-            f"{self.tasks:,} tasks in {time_text(self.wall_s)}{state}: {self.strands:,} strands,"
-            f" {self.executors:,} executors, {time_text(self.user_s)} in user code"
+            f"{count_text(self.tasks, 'task')} in {time_text(self.wall_s)}{state}:"
+            f" {count_text(self.strands, 'strand')}, {count_text(self.executors, 'executor')},"
+            f" {time_text(self.user_s)} in user code"
         )
 
     def _cells(self) -> list[tuple[str, str]]:
@@ -350,30 +362,35 @@ _SHOWN = {
 _TABLE_ROWS = 5
 
 
-def _unpacked(trace: object) -> RunRecord:
-    assert isinstance(trace, bytes), type(trace)
-    return unpack(trace)
-
-
 def _attempts(record: RunRecord, task: int) -> str:
     n_raised = dict(record.retried).get(task, 0)
     said = [f"start {record.n_starts:,} of its token"]
     if record.n_deaths:
-        said.append(f"{record.n_deaths:,} attempts with these tasks died before")
+        said.append(f"{count_text(record.n_deaths, 'attempt')} with these tasks died before")
     if n_raised:
-        said.append(f"the task raised {n_raised:,} times and was run again")
+        said.append(f"the task raised and was run again {count_text(n_raised, 'time')}")
     return "; ".join(said)
 
 
 def _unknown_key(key: Hashable, keys: Sequence[Hashable]) -> str:
-    """Say that there is no such task, and which keys look alike."""
+    """Say that there is no such task, and which keys look alike.
+
+    Looked at are the keys whose function has a similar name, and of them those that begin alike.
+    """
     wanted = repr(key)
+    names, codes = function_codes(keys)
+    (function,), _ = function_codes([key])
+    head = str(key[0]) if isinstance(key, tuple) and key else str(key)
+    # Of a mistyped key Dask may take a word for part of its hash and split it too early.
+    alike = difflib.get_close_matches(function, names) or difflib.get_close_matches(head, names)
+    chosen = np.flatnonzero(np.isin(codes, [names.index(name) for name in alike])).tolist()
 
     def n_shared(text: str) -> int:
-        pairs = zip(wanted, text)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(text))
+        return next((i for i, (a, b) in enumerate(zip(wanted, text)) if a != b), len(text))
 
-    nearest = heapq.nlargest(MAX_COMPARED_KEYS, map(repr, keys), key=n_shared)
-    similar = difflib.get_close_matches(wanted, nearest)
+    texts = (repr(keys[task]) for task in chosen or range(len(keys)))
+    nearest = heapq.nlargest(MAX_COMPARED_KEYS, texts, key=n_shared)
+    # Dask's keys end in 32 hexadecimal digits: the function alone may be all that is alike.
+    similar = difflib.get_close_matches(wanted, nearest) or nearest[: 3 if alike else 0]
     hint = f"; similar: {', '.join(similar)}" if similar else ""
     return f"no task of this job has the key {wanted}{hint}"

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from wukong.report_columns import Spans, lanes_of, merge_short
-from wukong.report_drawing import Picture
+from wukong.report_drawing import Picture, count_text
 from wukong.trace import RunRecord
 
 Path: TypeAlias = "str | os.PathLike[str]"
@@ -79,6 +79,7 @@ def _run_slices(record: RunRecord, lane: int, origin: float) -> Iterator[Event]:
             {
                 "token": record.token,
                 "start": record.n_starts,
+                "invoked": record.is_invoked,
                 "deaths": record.n_deaths,
                 "tasks": n_tasks,
                 "round trips": record.n_round_trips,
@@ -109,7 +110,7 @@ def _task_slice(picture: Picture, pieces: Spans, piece: int, lane: int, shift_s:
     n_tasks = int(pieces.n_tasks[piece])
     key = str(picture.keys[task])
     begin_s, end_s = float(pieces.begin_s[piece]), float(pieces.end_s[piece])
-    name = key if n_tasks == 1 else f"{n_tasks:,} tasks"
+    name = key if n_tasks == 1 else count_text(n_tasks, "task")
     arguments: dict[str, object] = {"task": task}
     if n_tasks > 1:
         arguments = {"tasks": n_tasks, "longest": key}

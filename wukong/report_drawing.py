@@ -53,6 +53,8 @@ RESTART_COLOUR = "#cc0000"
 # The axis of a PNG has about 1,400 pixels and that of an SVG 860 units; two of them can be seen.
 PNG_COLUMNS = 700
 SVG_COLUMNS = 430
+# An SVG rectangle takes some 180 bytes, and a notebook keeps them all.
+SVG_SPANS = 3_000
 # A lane of fewer pixels cannot be read; beyond these numbers the busiest executors are shown.
 PNG_LANES = 128
 SVG_LANES = 24
@@ -71,10 +73,15 @@ def size_text(n_bytes: float) -> str:
 def time_text(time_s: float) -> str:
     """Seconds for people: s, ms or us, with three digits or more."""
     if abs(time_s) < 0.9995e-3:
-        return f"{time_s * 1e6:.0f} us"
+        return f"{time_s * 1e6:.3g} us"
     if abs(time_s) < 0.9995:
         return f"{time_s * 1e3:.3g} ms"
     return f"{time_s:,.2f} s"
+
+
+def count_text(n: int, noun: str) -> str:
+    """A number of things."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,8 @@ class Picture:
     wall_s: float
     summary: str
     """One line about the job."""
+    totals: str
+    """One line about what it moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,7 @@ class _Layout:
     span_s: tuple[float, float]
     """The time axis: first and last second."""
     title: str
+    totals: str
 
 
 def _lay_out(picture: Picture, n_columns: int, n_lanes: int) -> _Layout:
@@ -138,7 +148,9 @@ def _lay_out(picture: Picture, n_columns: int, n_lanes: int) -> _Layout:
     title = picture.summary + note
     renumbered = np.searchsorted(np.array(seen, np.int64), merged.code)
     spans = Spans(merged.row, merged.begin_s, merged.end_s, renumbered, merged.n_tasks)
-    return _Layout(lanes, spans, [kinds[code] for code in seen], restarts, (begin_s, end_s), title)
+    shown = [kinds[code] for code in seen]
+    axis = (begin_s, end_s)
+    return _Layout(lanes, spans, shown, restarts, axis, title, picture.totals)
 
 
 def _busiest(
@@ -168,7 +180,7 @@ def _kinds(picture: Picture) -> tuple[list[_Kind], npt.NDArray[np.int32]]:
     rest = order[len(shown) :]
     kinds = []
     for colour, code in zip((*COLOURS, OTHER_COLOUR), shown.tolist()):
-        text = f"{int(n_runs[code]):,} tasks, {time_text(float(total_s[code]))}"
+        text = f"{count_text(int(n_runs[code]), 'task')}, {time_text(float(total_s[code]))}"
         kinds.append(_Kind(names[code], colour, "", f"{_short(names[code])}: {text}"))
     if len(rest):
         name = f"{len(rest)} other functions"
@@ -308,7 +320,7 @@ def _draw_axes(figure: Figure, axes: Axes, layout: _Layout) -> None:
     axes.set_ylim(max(n_lanes, 1) - 0.5, -0.5)
     axes.set_xlim(*layout.span_s)
     axes.set_xlabel("seconds since the job's begin")
-    axes.set_title(layout.title, loc="left", fontsize=10)
+    axes.set_title(f"{layout.title}\n{layout.totals}", loc="left", fontsize=10)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -338,7 +350,8 @@ def to_html(picture: Picture, cells: Sequence[tuple[str, str]]) -> str:
     """
     head = "".join(f"<th style='text-align:right'>{escape(name)}</th>" for name, _ in cells)
     body = "".join(f"<td style='text-align:right'>{escape(text)}</td>" for _, text in cells)
-    layout = _lay_out(picture, SVG_COLUMNS, SVG_LANES)
+    n_lanes = min(SVG_LANES, len({record.holder for record in picture.records}) or 1)
+    layout = _lay_out(picture, min(SVG_COLUMNS, SVG_SPANS // n_lanes), SVG_LANES)
     legend = "".join(_legend_item(kind) for kind in layout.kinds)
     return (
         "<div style='font-size:small'>"

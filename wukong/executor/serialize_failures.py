@@ -119,6 +119,7 @@ def _pickled_forms(error: BaseException, message: str) -> Iterator[bytes]:
     """Yield pickles of an exception, the most faithful first."""
     state = {name: item for name, item in vars(error).items() if is_picklable(item)}
     forms = (
+        _Reduced(error),
         error,
         _Rebuilt(type(error), error.args, state),
         _Rebuilt(type(error), (message,), state),
@@ -137,6 +138,16 @@ def _same(pickled: bytes, error: BaseException, message: str) -> bool:
         return type(copy) is type(error) and str(copy) == message
     except Exception:
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Reduced:
+    """Pickles as its class says, whatever others (tblib) have registered for exceptions."""
+
+    error: BaseException
+
+    def __reduce__(self) -> Any:
+        return self.error.__reduce_ex__(5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
-from typing_extensions import assert_never
-
 from wukong.executor.core import ExecutorCore, Phase
 from wukong.executor.messages import (
     AbsorbAnswered,
@@ -167,9 +165,9 @@ class SimExecutor:
             may_be_late=False,
         )
 
-    def drain(self) -> None:
-        """Take nothing new."""
-        self._core.is_draining = True
+    def drain(self, is_draining: bool) -> None:
+        """Take nothing new, or take again."""
+        self._core.is_draining = is_draining
 
     def die(self, cause: str) -> None:
         """End at once; nothing that it knows is left."""
@@ -297,8 +295,6 @@ class SimExecutor:
                 self._values = {}
                 self._done = {}
                 return Done()
-            case _:
-                assert_never(action)
         return None
 
     def _ask(

@@ -156,10 +156,12 @@ class Functions:
     def _dispatch(self) -> None:
         world, platform = self._world, self._world.setting.platform
         while self._queue and len(self._running) < world.setting.n_executors:
+            delay_s = 0.0
             if self._warm:
                 executor = self._warm.pop()
             elif self._has_room():
                 executor = self._bear()
+                delay_s = world.latency_s(platform.cold_start_s)
             else:
                 if not self._looks_again:
                     self._looks_again = True
@@ -167,13 +169,7 @@ class Functions:
                 return
             invocation, n_tries = self._queue.popleft()
             self._running[executor.holder] = invocation, n_tries
-            is_new = executor.holder == f"f{self._n_born}" and not executor.has_begun
-            world.after(
-                world.latency_s(platform.cold_start_s) if is_new else 0.0,
-                self._begin,
-                executor,
-                invocation,
-            )
+            world.after(delay_s, self._begin, executor, invocation)
 
     def _look_again(self) -> None:
         self._looks_again = False
@@ -206,14 +202,14 @@ class Functions:
         limit_s = self._world.setting.platform.time_limit_s
         if limit_s is not None:
             begun = self._running[executor.holder]
-            executor.drains(False)
+            executor.drain(False)
             self._world.after(limit_s * DRAIN_AT, self._drain, executor, begun)
             self._world.after(limit_s, self._time_out, executor, begun)
         executor.begin(invocation)
 
     def _drain(self, executor: SimExecutor, begun: tuple[Invocation, int]) -> None:
         if self._running.get(executor.holder) is begun:
-            executor.drains(True)
+            executor.drain(True)
 
     def _time_out(self, executor: SimExecutor, begun: tuple[Invocation, int]) -> None:
         if self._running.get(executor.holder) is begun:

@@ -213,7 +213,10 @@ class SimStore:
             return None
         reply = state.start(self.rows, TokenId(token), attempt, holder, self.world.now)
         self._changed()
-        return reply if isinstance(reply, Grant) else None
+        if isinstance(reply, Refused):
+            del self.rows.queue[token]
+            return None
+        return reply
 
     def renew(self, request: Renew) -> Reason | None:
         """See `JobStore.renew`."""

@@ -208,8 +208,7 @@ class LocalJobStore(QueueStore):
                     rows.set_watch(pipe.name, progress)
 
             while True:
-                # In this order: whatever comes after the look wakes the pipe.
-                pipe.drain()
+                # Whatever comes after the look wakes the pipe.
                 settled, view, registered = self._look(job, look)
                 if settled:
                     return view

@@ -159,14 +159,10 @@ class Pipe:
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
 
-    def drain(self) -> None:
-        """Forget earlier wake-ups."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._fd, 65536)
-
     def wait(self, timeout_s: float) -> None:
-        """Sleep until somebody wakes this pipe, or the time is up."""
-        self._poll.poll(max(0.0, timeout_s) * 1000)
+        """Sleep until somebody wakes this pipe, or has done so before, or the time is up."""
+        if self._poll.poll(max(0.0, timeout_s) * 1000):
+            os.read(self._fd, 65536)
 
     def close(self) -> None:
         """Remove the FIFO."""
@@ -179,7 +175,7 @@ def wake(directory: Path, names: list[str]) -> Iterator[str]:
     """Write a byte to each pipe. Yields the names of those that nobody holds any more."""
     for name in names:
         try:
-            fd = os.open(directory / PIPES / name, os.O_WRONLY | os.O_NONBLOCK)
+            fd = os.open(f"{directory}/{PIPES}/{name}", os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
             yield name
             continue

@@ -21,7 +21,6 @@ import gc
 import importlib
 import json
 import math
-import mmap
 import os
 import pickle
 import random
@@ -29,24 +28,24 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
-from wukong.errors import StoreUnavailable
 from wukong.executor.core import Policy
-from wukong.executor.messages import HolderId, Invocation
-from wukong.executor.run import SPLIT_AFTER_S, Executor
+from wukong.executor.messages import HolderId
+from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
+from wukong.executor.run import Executor
 from wukong.storage import open_store
 
 BOOT = (
-    "import json, socket, sys; control = socket.socket(fileno=int(sys.argv[1])); "
+    "import sys; sys.path[:] = filter(None, sys.path); "  # a user's random.py is not ours
+    "import json, socket; control = socket.socket(fileno=int(sys.argv[1])); "
     "sys.path[:] = json.loads(control.recv(1 << 20)); sys.argv[1:] = []; "
-    "from wukong.executor.zygote import main; main(control)"
+    "from wukong.executor.pool_zygote import main; main(control)"
 )
 """The zygote's program (`python -c`); its argument is the number of its control socket."""
 GRACE_S = 4.5
@@ -55,8 +54,6 @@ MESSAGE_BYTES = 1 << 17
 """Longest message on the control socket; below the kernel's usual limit for a datagram."""
 TEXT_BYTES = 8000
 """Of a traceback, its end is reported."""
-FAILED = 70
-"""Exit status of an executor that ended by a defect or for lack of its store (`EX_SOFTWARE`)."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,200 +77,6 @@ class Settings:
     board_fd: int
     """File whose bytes say which executors idle."""
     lifeline_fd: int
-
-
-class Runner(Protocol):
-    """What a pool needs of an executor; see `wukong.executor.run.Executor`."""
-
-    def take(self) -> bool:
-        """Run the first queued token and whatever it becomes. False: nothing was queued."""
-        ...
-
-    def beat(self) -> float:
-        """Renew and split; returns the seconds until it wants to be called again."""
-        ...
-
-    def drain(self) -> None:
-        """Commit the current strand, and become and take nothing more."""
-        ...
-
-
-class Seat(Protocol):
-    """An executor's place in a pool."""
-
-    def invoke(self, invocations: Sequence[Invocation]) -> None:
-        """Wake as many idle executors."""
-        ...
-
-    def n_idle(self) -> int:
-        """How many executors wait to be woken."""
-        ...
-
-    def rest(self, is_queued: Callable[[], int]) -> bool:
-        """Wait to be woken; at once when, now that all can see this executor idle, `is_queued`.
-
-        Returns: False when this executor shall end.
-        """
-        ...
-
-
-def run_until_drained(executor: Runner, seat: Seat, n_queued: Callable[[], int]) -> None:
-    """Run what is queued, rest, and again; until the pool ends."""
-    while True:
-        has_taken = True
-        while has_taken:
-            # A wake-up may have been for several tokens, or have met an executor that died.
-            if seat.n_idle() and (n := n_queued()) > 1:
-                seat.invoke([_SOME] * (n - 1))
-            has_taken = executor.take()
-        if not seat.rest(n_queued):
-            return
-
-
-_SOME = Invocation("", "")  # type: ignore[arg-type]  # only counted
-
-
-class Doorbell:
-    """Wakes idle executors of a pool of processes. Thread-safe, and shared by all its processes.
-
-    A pipe is the semaphore: each byte lets one idle executor look into the store. A byte of shared
-    memory for each executor says whether it idles; it is written by that executor only, and by the
-    client when that is dead. An executor shows itself idle before its last look into the store,
-    and whoever queues a token looks for idle ones after that: so either the token or the idle
-    executor is seen, and nothing needs to be written for executors that are at work.
-    """
-
-    def __init__(self, wait_fd: int, ring_fd: int, board_fd: int, n_seats: int) -> None:
-        """Use (and not own) descriptors of a pipe and of a file of `n_seats` bytes."""
-        self._wait_fd = wait_fd
-        self._ring_fd = ring_fd
-        self._n_seats = n_seats
-        self._board = mmap.mmap(board_fd, n_seats)
-
-    def ring(self, n_wanted: int) -> None:
-        """Wake so many executors, or all that idle when these are fewer."""
-        n = min(n_wanted, self.n_idle())
-        if n > 0:
-            # A full pipe wakes everybody anyway.
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._ring_fd, bytes(n))
-
-    def wait(self) -> None:
-        """Block until rung."""
-        os.read(self._wait_fd, 1)
-
-    def n_idle(self) -> int:
-        """Executors that wait, or are just waking up."""
-        return self._board[: self._n_seats].count(1)
-
-    def show(self, seat: int, is_idle: bool) -> None:
-        """Say whether the executor on this seat idles."""
-        self._board[seat] = is_idle
-
-    def close(self) -> None:
-        """Unmap the board."""
-        self._board.close()
-
-
-# ------------------------------------------------------------------ in the executor
-
-
-class ProcessSeat:
-    """The seat of an executor that is a process; also its invoker.
-
-    Args:
-        holder: its name in the store.
-        number: its seat on the doorbell's board.
-        announce: called once, when it is about to look for its first token.
-    """
-
-    def __init__(
-        self,
-        holder: HolderId,
-        number: int,
-        doorbell: Doorbell,
-        lifeline_fd: int,
-        announce: Callable[[], None],
-    ) -> None:
-        self.holder = holder
-        self._number = number
-        self._doorbell = doorbell
-        self._lifeline_fd = lifeline_fd
-        self._announce = announce
-        self._lock = threading.Lock()
-        """Guards the four flags below."""
-        self._is_busy = True
-        self._is_ending = False
-        self._heart_rests = False
-        self._kick_fd = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def invoke(self, invocations: Sequence[Invocation]) -> None:
-        """Wake as many idle executors; the tokens are in the store already."""
-        self._doorbell.ring(len(invocations))
-
-    def n_idle(self) -> int:
-        """How many executors wait to be woken."""
-        return self._doorbell.n_idle()
-
-    def serve(self, executor: Runner, n_queued: Callable[[], int]) -> None:
-        """Run tokens until the client is gone or closes the pool."""
-        heart = threading.Thread(target=self._beat, args=(executor,), daemon=True)
-        heart.start()
-        self._announce()
-        run_until_drained(executor, self, n_queued)
-
-    def rest(self, is_queued: Callable[[], int]) -> bool:
-        """See `Seat.rest`."""
-        flush_output()
-        with self._lock:
-            if self._is_ending:
-                return False
-            self._is_busy = False
-        self._doorbell.show(self._number, True)
-        if not is_queued():
-            self._doorbell.wait()
-        self._doorbell.show(self._number, False)
-        # Until this lock is passed the heart may end the process: nothing has been taken yet.
-        with self._lock:
-            self._is_busy = True
-            kick, self._heart_rests = self._heart_rests, False
-        if kick:
-            os.eventfd_write(self._kick_fd, 1)
-        return True
-
-    def _beat(self, executor: Runner) -> None:
-        """The heartbeat thread: sleeps while the executor idles, and watches the lifeline."""
-        try:
-            poll = select.poll()
-            poll.register(self._lifeline_fd, select.POLLIN)
-            poll.register(self._kick_fd, select.POLLIN)
-            timeout_s: float | None = SPLIT_AFTER_S
-            while True:
-                fds = {fd for fd, _ in poll.poll(_milliseconds(timeout_s))}
-                if self._lifeline_fd in fds:
-                    poll.unregister(self._lifeline_fd)
-                    self._end(executor)
-                with self._lock:
-                    self._heart_rests = not self._is_busy
-                    timeout_s = None if self._heart_rests else SPLIT_AFTER_S
-                if self._kick_fd in fds:
-                    # Work has just begun: there is nothing to renew or to split yet.
-                    os.eventfd_read(self._kick_fd)
-                elif timeout_s is not None:
-                    # A run may begin at any moment and wants to be looked at after that time.
-                    timeout_s = min(timeout_s, executor.beat())
-        except BaseException:
-            # Without a heart the token would be taken for dead while it runs on.
-            traceback.print_exc()
-            os._exit(FAILED)
-
-    def _end(self, executor: Runner) -> None:
-        with self._lock:
-            if not self._is_busy:
-                flush_output()
-                os._exit(0)
-            self._is_ending = True
-        executor.drain()
 
 
 def run_executor(seat: ProcessSeat, settings: Settings) -> None:
@@ -334,8 +137,8 @@ class Zygote:
     def run(self) -> None:
         """Serve until the client is gone and all children are dead."""
         self._woken_fd, self._wake_fd = os.pipe()
-        for fd in (self._woken_fd, self._wake_fd, self._control.fileno()):
-            os.set_blocking(fd, False)
+        os.set_blocking(self._woken_fd, False)
+        os.set_blocking(self._wake_fd, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_fd, warn_on_full_buffer=False)
         poll = select.poll()
@@ -344,7 +147,7 @@ class Zygote:
         kill_at = math.inf
         while not self._is_ending or self._holders:
             timeout_s = None if kill_at == math.inf else kill_at - time.monotonic()
-            fds = {fd for fd, _ in poll.poll(_milliseconds(timeout_s))}
+            fds = {fd for fd, _ in poll.poll(milliseconds(timeout_s))}
             if self._control.fileno() in fds and not self._obey():
                 poll.unregister(self._control.fileno())
                 self._is_ending = True
@@ -365,7 +168,7 @@ class Zygote:
         """Do what the client says. False: it is gone."""
         while True:
             try:
-                message = self._control.recv(MESSAGE_BYTES)
+                message = self._control.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return True
             except OSError:
@@ -373,8 +176,8 @@ class Zygote:
             if not message:
                 return False
             match json.loads(message):
-                case ["fork", str(holder), int(number)]:
-                    if not self._is_ending:
+                case ["fork", list(seats)]:
+                    for holder, number in seats:
                         self._fork(HolderId(holder), number)
                 case ["kill", str(holder)]:
                     for pid in [p for p, name in self._holders.items() if name == holder]:
@@ -415,7 +218,7 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self._woken_fd)
             os.close(self._wake_fd)
-            # Blocking is a property of the socket, not of this process: it stays as it is.
+            # The client takes the end of this socket for the zygote's death.
             os.register_at_fork(after_in_child=self._control.close)
             # Its own group, so that what its tasks started can be killed together with it.
             os.setpgid(0, 0)
@@ -475,15 +278,6 @@ def _kill(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def flush_output() -> None:
-    """Show what tasks have printed."""
-    for stream in (sys.stdout, sys.stderr):
-        # The reader of a pipe may be gone, and a task may have closed the stream.
-        with contextlib.suppress(OSError, ValueError):
-            if stream is not None:
-                stream.flush()
-
-
 def _send(control: socket.socket, *message: str | int) -> None:
     # The client may be gone: then nobody needs to know.
     with contextlib.suppress(OSError):
@@ -492,9 +286,3 @@ def _send(control: socket.socket, *message: str | int) -> None:
 
 def _last_traceback() -> str:
     return traceback.format_exc()[-TEXT_BYTES:]
-
-
-def _milliseconds(timeout_s: float | None) -> int | None:
-    if timeout_s is None or timeout_s == math.inf:
-        return None
-    return max(0, math.ceil(timeout_s * 1000))

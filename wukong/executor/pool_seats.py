@@ -1,0 +1,234 @@
+"""An executor's place in a pool: how it waits, is woken, wakes others, beats, and is told to end.
+
+A seat is the executor's invoker, too. It knows nothing of tokens but that the store has some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import select
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from wukong.executor.messages import HolderId, Invocation
+from wukong.executor.run import SPLIT_AFTER_S
+
+FAILED = 70
+"""Exit status of an executor that ended by a defect or for lack of its store (`EX_SOFTWARE`)."""
+
+
+class Runner(Protocol):
+    """What a pool needs of an executor; see `wukong.executor.run.Executor`."""
+
+    def take(self) -> bool:
+        """Run the first queued token and whatever it becomes. False: nothing was queued."""
+        ...
+
+    def beat(self) -> float:
+        """Renew and split; returns the seconds until it wants to be called again."""
+        ...
+
+    def drain(self) -> None:
+        """Commit the current strand, and become and take nothing more."""
+        ...
+
+
+class Seat(Protocol):
+    """An executor's place in a pool."""
+
+    def ring(self, n_wanted: int) -> None:
+        """Wake so many executors, or all that idle when these are fewer."""
+        ...
+
+    def n_idle(self) -> int:
+        """How many executors wait to be woken."""
+        ...
+
+    def rest(self, is_queued: Callable[[], int]) -> bool:
+        """Wait to be woken; at once when, now that all can see this executor idle, `is_queued`.
+
+        Returns: False when this executor shall end.
+        """
+        ...
+
+
+def run_until_drained(executor: Runner, seat: Seat, n_queued: Callable[[], int]) -> None:
+    """Run what is queued, rest, and again; until the pool ends."""
+    while True:
+        has_taken = True
+        while has_taken:
+            # A wake-up may have been for several tokens, or have met an executor that died.
+            if seat.n_idle() and (n := n_queued()) > 1:
+                seat.ring(n - 1)
+            has_taken = executor.take()
+        if not seat.rest(n_queued):
+            return
+
+
+class Doorbell:
+    """Wakes idle executors of a pool of processes. Thread-safe, and shared by all its processes.
+
+    A pipe is the semaphore: each byte lets one idle executor look into the store. A byte of shared
+    memory for each executor says whether it idles; it is written by that executor only, and by the
+    client when that is dead. An executor shows itself idle before its last look into the store,
+    and whoever queues a token looks for idle ones after that: so either the token or the idle
+    executor is seen, and nothing needs to be written for executors that are at work.
+    """
+
+    def __init__(self, wait_fd: int, ring_fd: int, board_fd: int, n_seats: int) -> None:
+        """Use (and not own) descriptors of a pipe and of a file of `n_seats` bytes."""
+        self._wait_fd = wait_fd
+        self._ring_fd = ring_fd
+        self._n_seats = n_seats
+        self._board = mmap.mmap(board_fd, n_seats)
+
+    def ring(self, n_wanted: int) -> None:
+        """Wake so many executors, or all that idle when these are fewer."""
+        n = min(n_wanted, self.n_idle())
+        if n > 0:
+            # A full pipe wakes everybody anyway.
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._ring_fd, bytes(n))
+
+    def wait(self) -> None:
+        """Block until rung."""
+        os.read(self._wait_fd, 1)
+
+    def n_idle(self) -> int:
+        """Executors that wait, or are just waking up."""
+        return self._board[: self._n_seats].count(1)
+
+    def show(self, seat: int, is_idle: bool) -> None:
+        """Say whether the executor on this seat idles."""
+        self._board[seat] = is_idle
+
+    def close(self) -> None:
+        """Unmap the board."""
+        self._board.close()
+
+
+# ------------------------------------------------------------------ in the executor
+
+
+class ProcessSeat:
+    """The seat of an executor that is a process; also its invoker.
+
+    Args:
+        holder: its name in the store.
+        number: its seat on the doorbell's board.
+        announce: called once, when it is about to look for its first token.
+    """
+
+    def __init__(
+        self,
+        holder: HolderId,
+        number: int,
+        doorbell: Doorbell,
+        lifeline_fd: int,
+        announce: Callable[[], None],
+    ) -> None:
+        self.holder = holder
+        self._number = number
+        self._doorbell = doorbell
+        self._lifeline_fd = lifeline_fd
+        self._announce = announce
+        self._lock = threading.Lock()
+        """Guards the four flags below."""
+        self._is_busy = True
+        self._is_ending = False
+        self._heart_rests = False
+        self._kick_fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def invoke(self, invocations: Sequence[Invocation]) -> None:
+        """Wake as many idle executors; the tokens are in the store already."""
+        self._doorbell.ring(len(invocations))
+
+    def ring(self, n_wanted: int) -> None:
+        """See `Seat.ring`."""
+        self._doorbell.ring(n_wanted)
+
+    def n_idle(self) -> int:
+        """How many executors wait to be woken."""
+        return self._doorbell.n_idle()
+
+    def serve(self, executor: Runner, n_queued: Callable[[], int]) -> None:
+        """Run tokens until the client is gone or closes the pool."""
+        heart = threading.Thread(target=self._beat, args=(executor,), daemon=True)
+        heart.start()
+        self._announce()
+        run_until_drained(executor, self, n_queued)
+
+    def rest(self, is_queued: Callable[[], int]) -> bool:
+        """See `Seat.rest`."""
+        flush_output()
+        with self._lock:
+            if self._is_ending:
+                return False
+            self._is_busy = False
+        self._doorbell.show(self._number, True)
+        if not is_queued():
+            self._doorbell.wait()
+        self._doorbell.show(self._number, False)
+        # Until this lock is passed the heart may end the process: nothing has been taken yet.
+        with self._lock:
+            self._is_busy = True
+            kick, self._heart_rests = self._heart_rests, False
+        if kick:
+            os.eventfd_write(self._kick_fd, 1)
+        return True
+
+    def _beat(self, executor: Runner) -> None:
+        """The heartbeat thread: sleeps while the executor idles, and watches the lifeline."""
+        try:
+            poll = select.poll()
+            poll.register(self._lifeline_fd, select.POLLIN)
+            poll.register(self._kick_fd, select.POLLIN)
+            timeout_s: float | None = SPLIT_AFTER_S
+            while True:
+                fds = {fd for fd, _ in poll.poll(milliseconds(timeout_s))}
+                if self._lifeline_fd in fds:
+                    poll.unregister(self._lifeline_fd)
+                    self._end(executor)
+                with self._lock:
+                    self._heart_rests = not self._is_busy
+                    timeout_s = None if self._heart_rests else SPLIT_AFTER_S
+                if self._kick_fd in fds:
+                    # Work has just begun: there is nothing to renew or to split yet.
+                    os.eventfd_read(self._kick_fd)
+                elif timeout_s is not None:
+                    # A run may begin at any moment and wants to be looked at after that time.
+                    timeout_s = min(timeout_s, executor.beat())
+        except BaseException:
+            # Without a heart the token would be taken for dead while it runs on.
+            traceback.print_exc()
+            os._exit(FAILED)
+
+    def _end(self, executor: Runner) -> None:
+        with self._lock:
+            if not self._is_busy:
+                flush_output()
+                os._exit(0)
+            self._is_ending = True
+        executor.drain()
+
+
+def flush_output() -> None:
+    """Show what tasks have printed."""
+    for stream in (sys.stdout, sys.stderr):
+        # The reader of a pipe may be gone, and a task may have closed the stream.
+        with contextlib.suppress(OSError, ValueError):
+            if stream is not None:
+                stream.flush()
+
+
+def milliseconds(timeout_s: float | None) -> int | None:
+    """A timeout for `poll`; it waits at least so long."""
+    if timeout_s is None or timeout_s == math.inf:
+        return None
+    return max(0, math.ceil(timeout_s * 1000))

@@ -1,0 +1,185 @@
+"""The world on a virtual clock: real cores and transitions, simulated stores, platforms, faults.
+
+    Setting --> World (clock, dice) --> SimStore <-- SimExecutor(ExecutorCore), SimClient(JobCore)
+                                           |              ^
+                                        Checker       LocalPool, Functions
+
+`simulate` predicts what a job takes; `wukong.sim.seeds` tries random jobs in worlds full of faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from wukong.executor.core import Policy
+from wukong.executor.messages import Part, Status
+from wukong.scheduler.parts import static_parts
+from wukong.scheduler.strands import cut_strands
+from wukong.sim.checks import Checker, Violation
+from wukong.sim.client import SimClient
+from wukong.sim.dags import Costs, Dag
+from wukong.sim.faults import Faults
+from wukong.sim.invokers import open_invoker
+from wukong.sim.services import AWS_LAMBDA, LOCAL_POOL, Platform
+from wukong.sim.store import SimStore
+from wukong.sim.world import Setting, World
+
+__all__ = [
+    "AWS_LAMBDA",
+    "LOCAL_POOL",
+    "Costs",
+    "Dag",
+    "Faults",
+    "Platform",
+    "Policy",
+    "Setting",
+    "SimReport",
+    "Violation",
+    "cut_parts",
+    "run_world",
+    "simulate",
+]
+
+GRAINS_PER_EXECUTOR = 4
+"""As `cut_strands` assumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimReport:
+    """What happened in a simulated world."""
+
+    status: Status
+    makespan_s: float
+    n_tasks: int
+    n_strands: int
+    n_commits: int
+    n_invocations: int
+    n_runs: int
+    """Runs of strands and pieces, repeated ones included."""
+    n_task_runs: int
+    n_deaths: int
+    n_store_calls: int
+    put_bytes: int
+    read_bytes: int
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """All counters of the world."""
+    events: tuple[str, ...] = ()
+    """One line for each action and event, where they were asked for."""
+
+
+def simulate(
+    dag: Dag,
+    costs: Costs,
+    platform: Platform = LOCAL_POOL,
+    n_executors: int = 2,
+    policy: Policy | None = None,
+    seed: int = 0,
+    *,
+    is_traced: bool = False,
+) -> SimReport:
+    """Predict what a job takes when nothing fails.
+
+    Args:
+        dag: what is computed.
+        costs: of its tasks.
+        platform: where; see `wukong.sim.services`.
+        n_executors: at most so many at a time.
+        policy: of the executors; None: as it comes.
+        seed: of all latencies.
+        is_traced: keep a line for each action and event in the report.
+    Cost: about 1 us a task and 100 us a strand.
+    """
+    setting = Setting(
+        parts=cut_parts(dag, costs, n_executors),
+        reads=dag.reads(),
+        costs=costs,
+        platform=platform,
+        n_executors=n_executors,
+        policy=Policy() if policy is None else policy,
+    )
+    return run_world(setting, seed, is_checked=False, is_traced=is_traced)
+
+
+def cut_parts(
+    dag: Dag, costs: Costs, n_executors: int, grains_per_executor: float = GRAINS_PER_EXECUTOR
+) -> list[Part]:
+    """Cut a graph as a client does."""
+    cost = np.maximum(np.array(costs.durations_s, np.float64), 1e-9)
+    grain = float(cost.sum()) / (grains_per_executor * n_executors)
+    strands = cut_strands(dag.inputs_ptr, dag.inputs, dag.requested, grain=grain, costs=cost)
+    return static_parts(strands)
+
+
+def run_world(
+    setting: Setting, seed: int, *, is_checked: bool = True, is_traced: bool = False
+) -> SimReport:
+    """Let one world go from the job's start to the end of everything in it.
+
+    Raises:
+        AssertionError: something was seen that must never be: a `Violation`, or what a core or a
+            transition asserts.
+    """
+    wrong = setting.costs.raising | setting.costs.deadly
+    checker = Checker(setting.parts, wrong) if is_checked else None
+    world = World(setting, seed, checker, is_traced)
+    store = SimStore(world)
+    client = SimClient(world, store, open_invoker(world, store))
+    client.start()
+    world.run(_time_limit_s(setting), lambda: world.is_over)
+    if client.status is None:
+        raise Violation(f"the job has not ended after {world.now:.0f} s")
+    if is_checked:
+        _check_end(world, store)
+    counts = world.counts
+    assert client.finished_at is not None
+    return SimReport(
+        status=client.status,
+        makespan_s=client.finished_at,
+        n_tasks=sum(len(part.tasks) for part in setting.parts),
+        n_strands=len(setting.parts),
+        n_commits=counts["commits"],
+        n_invocations=counts["invocations"],
+        n_runs=counts["runs"],
+        n_task_runs=counts["tasks"],
+        n_deaths=counts["deaths"],
+        n_store_calls=counts["store calls"],
+        put_bytes=counts["put bytes"],
+        read_bytes=counts["read bytes"],
+        counts=dict(counts),
+        events=tuple(world.trace or ()),
+    )
+
+
+def _time_limit_s(setting: Setting) -> float:
+    """When the job must have ended, at the latest: generous, but far from for ever.
+
+    After the last fault all tasks one after the other; the longest back-off of a queued token; and
+    for each task that kills executors its attempts.
+    """
+    serial_s = sum(setting.costs.durations_s)
+    per_death_s = 3 * setting.silence_s + 120.0
+    n_deaths = len(setting.costs.deadly) * (setting.policy.n_deaths_max + 4)
+    return setting.faults.until_s + 3 * serial_s + 600.0 + n_deaths * per_death_s
+
+
+def _check_end(world: World, store: SimStore) -> None:
+    """Let everybody come to an end, and look at what is left."""
+    setting = world.setting
+    is_calm = setting.faults.are_none and not setting.costs.deadly
+    if is_calm and not setting.fail_fast and world.counts["tasks"] != len(setting.reads):
+        raise Violation(f"{world.counts['tasks']} runs of {len(setting.reads)} tasks, and no fault")
+    world.run(float("inf"), lambda: False)
+    if any(store.rows.tables.values()):
+        raise Violation("rows are left after the job was forgotten")
+    for blob in store.blobs:
+        attempt = blob.split("/")[1]
+        if attempt not in world.excused and blob not in world.excused_blobs:
+            raise Violation(f"blob {blob} is left, and its attempt {attempt} has not died")
+
+
+def without_faults(setting: Setting) -> Setting:
+    """The same world in fine weather."""
+    return replace(setting, faults=Faults())
