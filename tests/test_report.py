@@ -7,6 +7,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,12 @@ def record(
     begun_at, fetched_at, ran_at, sent_at = (BEGUN_AT + at for at in times)
     made = trace.RunRecord(
         strand=strand,
-        token=f"t{strand}",
+        token=f"job.0.{strand}",
+        attempt=f"a{strand}",
         holder=holder,
         n_starts=1,
         n_deaths=0,
+        cause="",
         is_invoked=True,
         begun_at=begun_at,
         fetched_at=fetched_at,
@@ -55,12 +58,23 @@ def record(
     return made._replace(**changes)  # type: ignore[arg-type]  # any field
 
 
-KEYS = [("add-0f", 0), ("add-0f", 1), "sum-1a", ("<b>&mul-2b", 0), "lost-3c"]
+KEYS = [("add-0f", 0), ("add-0f", 1), "sum-1a", ("x<b>&mul-2b", 0), "lost-3c"]
 RECORDS = [
     # Not in the order of time: the store keeps them in the order of the commits.
     record("1", "w10", (1.0, 1.25, 2.0, 2.25), [3], [0.75], peak_memory_bytes=5_000),
     record("0", "w2", (0.25, 0.5, 1.5, 1.75), [0, 1], [0.25, 1.0], retried=((1, 2),)),
-    record("2", "w10", (2.5, 2.5, 3.0, 3.5), [2], [0.5], n_starts=2, n_deaths=1, is_invoked=False),
+    record(
+        "2",
+        "w10",
+        (2.5, 2.5, 3.0, 3.5),
+        [2],
+        [0.5],
+        token="a0.0",
+        n_starts=2,
+        n_deaths=1,
+        cause="killed by SIGKILL",
+        is_invoked=False,
+    ),
 ]
 CLIENT = ClientCounts(10, 1_000, 2_000, 500, 1)
 
@@ -77,7 +91,7 @@ def made(
 ) -> Report:
     packed = [trace.pack(each) for each in RECORDS] if traces is None else traces
     return Report(
-        keys,  # type: ignore[arg-type]  # hashable ones
+        keys,
         packed,
         view(status, len(keys)),
         begun_at=BEGUN_AT,
@@ -142,9 +156,9 @@ def test_the_text_is_a_compact_table() -> None:
 def test_nothing_is_unpacked_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[object] = []
     decoded: list[object] = []
-    monkeypatch.setattr("wukong.report.read", lambda t: unpacked.append(t) or trace.read(t))
+    monkeypatch.setattr("wukong.report.read", lambda t: (unpacked.append(t), trace.read(t))[1])
     monkeypatch.setattr(
-        "wukong.report.decode_tasks", lambda *a: decoded.append(a) or decode_tasks(*a)
+        "wukong.report.decode_tasks", lambda *a: (decoded.append(a), decode_tasks(*a))[1]
     )
     report = made()
     assert (report.tasks, report.commits, report.deaths, report.wall_s) == (5, 4, 1, 4.0)
@@ -170,7 +184,7 @@ def test_making_a_report_takes_no_time() -> None:
 def test_a_story_tells_where_and_when_a_task_ran() -> None:
     assert made().story(("add-0f", 1)).splitlines() == [
         "('add-0f', 1): task id 1 of a job of 5 tasks",
-        "  where     strand 0, token t0, executor w2",
+        "  where     strand 0, token job.0.0, executor w2",
         "  ran       0.750000 s to 1.500000 s (750 ms), number 2 of 2",
         "  attempts  start 1 of its token; the task raised and was run again 2 times",
         "  begun     0.250000 s, invoked 250 ms after the job's begin",
@@ -185,8 +199,9 @@ def test_a_story_tells_where_and_when_a_task_ran() -> None:
 def test_a_story_tells_of_deaths_and_of_the_run_before() -> None:
     lines = made().story("sum-1a").splitlines()
     assert lines[3:5] == [
-        "  attempts  start 2 of its token; 1 attempt with these tasks died before",
-        "  begun     2.500000 s, become by its executor 250 ms after it committed strand 1",
+        "  attempts  start 2 of its token; 1 attempt with these tasks died before"
+        " (the last one: killed by SIGKILL)",
+        "  begun     2.500000 s, become by its executor 750 ms after strand 0 committed on w2",
     ]
     assert lines[-2:] == [
         "  before    nothing in this run; strand 1 on this executor",
@@ -206,7 +221,7 @@ def test_a_task_of_two_generations_has_both_runs_in_its_story() -> None:
     again = record("0", "w2", (5, 5, 6, 6), [0, 1], [0.5, 1.0], token="again")
     story = made([*RECORDS, again]).story(("add-0f", 0))
     assert "committed 2 times" in story
-    assert re.findall(r"token (\w+),", story) == ["t0", "again"]
+    assert re.findall(r"token ([\w.]+),", story) == ["job.0.0", "again"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +235,7 @@ def test_a_task_of_two_generations_has_both_runs_in_its_story() -> None:
 )
 def test_an_unknown_key_names_similar_ones(key: object, similar: str) -> None:
     with pytest.raises(KeyError) as caught:
-        made().story(key)  # type: ignore[arg-type]  # hashable
+        made().story(key)
     assert caught.value.args[0] == f"no task of this job has the key {key!r}; {similar}"
 
 
@@ -249,7 +264,7 @@ def test_no_task_ends_after_its_run_for_rounding() -> None:
 
 def test_functions_are_the_prefixes_of_keys() -> None:
     names, codes = function_codes(KEYS)
-    assert names == ["add", "sum", "<b>&mul", "lost"]
+    assert names == ["add", "sum", "x<b>&mul", "lost"]
     assert codes.tolist() == [0, 0, 1, 2, 3]
 
 
@@ -289,9 +304,9 @@ def test_short_spans_are_merged_and_long_ones_stay() -> None:
 # ------------------------------------------------------------------ Chrome trace
 
 
-def events_of(report: Report, path: Path) -> list[dict[str, object]]:
+def events_of(report: Report, path: Path) -> list[dict[str, Any]]:
     report.to_chrome_trace(path)
-    return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def test_a_chrome_trace_has_a_row_for_each_executor(tmp_path: Path) -> None:
@@ -310,15 +325,23 @@ def test_a_chrome_trace_has_a_row_for_each_executor(tmp_path: Path) -> None:
     assert len(slices) == 3 * 4 + 4
     first = next(e for e in events if e["name"] == "strand 0")
     assert first["args"] == {
-        "token": "t0",
+        "token": "job.0.0",
+        "attempt": "a0",
         "start": 1,
         "deaths": 0,
+        "cause of death": "",
         "invoked": True,
         "tasks": 2,
         "round trips": 3,
         "copied bytes": 7,
         "peak memory bytes": 1_000,
     }
+
+
+def test_a_chrome_trace_leads_from_a_commit_to_what_it_minted(tmp_path: Path) -> None:
+    events = events_of(made(), tmp_path / "trace.json")
+    arrows = [(e["ph"], e["id"], e["tid"], e["ts"]) for e in events if e["name"] == "mint"]
+    assert arrows == [("s", 2, 0, 1_500_000), ("f", 2, 1, 2_500_000)]
 
 
 def test_a_chrome_trace_has_no_negative_time(tmp_path: Path) -> None:
@@ -347,20 +370,22 @@ def large(n_tasks: int, n_runs: int) -> Report:
     return made(traces, [(f"f{i % 20}-0a", i) for i in range(n_tasks)], wall_s=0.2)
 
 
-def slices_inside_their_runs(events: list[dict[str, object]]) -> bool:
-    """Whether every task's slice lies in the last "run" slice before it."""
+def tasks_inside_their_runs(events: list[dict[str, Any]]) -> int:
+    """How many tasks the slices stand for; each must lie in the last "run" slice before it."""
     low = high = 0.0
+    n_tasks = 0
     for event in events:
         if event["ph"] != "X":
             continue
-        begin, end = event["ts"], event["ts"] + event["dur"]  # type: ignore[operator]
+        begin, end = event["ts"], event["ts"] + event["dur"]
         if event["name"] == "run":
-            low, high = begin, end  # type: ignore[assignment]
-        elif "task" in event["args"] or "longest" in event["args"]:  # type: ignore[operator]
+            low, high = begin, end
+        elif "task" in event["args"] or "longest" in event["args"]:
             # Times are rounded to nanoseconds.
-            if begin < low - 2e-3 or end > high + 2e-3:  # type: ignore[operator]
-                return False
-    return True
+            assert low - 2e-3 <= begin
+            assert end <= high + 2e-3
+            n_tasks += event["args"].get("tasks", 1)
+    return n_tasks
 
 
 @pytest.mark.slow
@@ -368,13 +393,7 @@ def test_a_large_job_gives_small_drawings_that_count_every_task(tmp_path: Path) 
     report = large(200_000, 16)
     events = events_of(report, tmp_path / "trace.json")
     assert len(events) < 45_000
-    assert slices_inside_their_runs(events)
-    counts = [e["args"] for e in events if e["ph"] == "X" and "strand" not in str(e["name"])]
-    n_tasks = sum(
-        a.get("tasks", 0) if "longest" in a else "task" in a  # type: ignore[attr-defined,operator]
-        for a in counts
-    )
-    assert n_tasks == 200_000
+    assert tasks_inside_their_runs(events) == 200_000
     assert len(report._repr_html_()) < 500_000
     report.timeline(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 500_000
@@ -387,10 +406,9 @@ def test_html_is_well_formed_escaped_and_self_contained() -> None:
     html = made()._repr_html_()
     ElementTree.fromstring(html)
     assert "<b>&mul" not in html
-    assert "&lt;b&gt;&amp;mul: 1 task" in html
+    assert "x&lt;b&gt;&amp;mul: 1 task" in html
     assert "19</td>" in html
-    references = set(re.findall(r"(?:href|src|url)\W+([^'\")\s]+)", html))
-    assert references == {"#wukong-fetch", "#wukong-put"} or references == {
+    assert set(re.findall(r"(?:href|src|url)\W+([^'\")\s]+)", html)) == {
         "wukong-fetch",
         "wukong-put",
     }
@@ -409,7 +427,7 @@ def test_the_html_shows_all_phases_and_restarts() -> None:
     html = made()._repr_html_()
     titles = re.findall(r"<title>([^<:]+)", html)
     assert sorted(titles) == sorted(
-        ["add", "add", "sum", "&lt;b&gt;&amp;mul", "begun again"]
+        ["add", "add", "sum", "x&lt;b&gt;&amp;mul", "begun again"]
         + ["fetch"] * 2
         + ["put and commit"] * 3
     )
@@ -418,10 +436,10 @@ def test_the_html_shows_all_phases_and_restarts() -> None:
 # ------------------------------------------------------------------ PNG
 
 
-def pixels(path: Path) -> np.ndarray:  # type: ignore[type-arg]
+def pixels(path: Path) -> np.ndarray:
     from matplotlib.image import imread
 
-    return np.round(imread(path)[:, :, :3] * 255).astype(int)  # type: ignore[no-any-return]
+    return np.round(imread(path)[:, :, :3] * 255).astype(int)
 
 
 @pytest.mark.slow

@@ -1,22 +1,29 @@
 """Every job store passes the same suite, and does what the memory store does."""
 
+# The suite's modules are imported after pytest has been told to explain their asserts.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-pytest.register_assert_rewrite("storage_contract", "storage_contract_jobs")
+pytest.register_assert_rewrite("storage_contract", "storage_contract_jobs", "storage_walk")
 
-from storage_contract import SILENCE_S, Clock, TokenContract  # noqa: E402 - to be rewritten
-from storage_contract_jobs import JobContract  # noqa: E402 - to be rewritten
+from storage_contract import SILENCE_S, Clock, TokenContract
+from storage_contract_jobs import JobContract
+from storage_walk import Walk
 
-from wukong.storage import open_store  # noqa: E402
-from wukong.storage.local import LocalJobStore  # noqa: E402
-from wukong.storage.local_rows import StoredRows  # noqa: E402
-from wukong.storage.memory import MemoryJobStore  # noqa: E402
-from wukong.storage.state import TABLES  # noqa: E402
+from wukong.storage import open_store
+from wukong.storage.local import LocalJobStore
+from wukong.storage.local_rows import StoredRows
+from wukong.storage.memory import MemoryJobStore
+from wukong.storage.state import TABLES
 
 
 class MemoryBackend:
@@ -76,3 +83,44 @@ class TestLocalJobs(JobContract):
     @pytest.fixture
     def backend(self, local_backend: LocalBackend) -> LocalBackend:
         return local_backend
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.randoms(use_true_random=False))
+def test_the_embedded_store_does_what_the_memory_store_does(
+    local_backend: LocalBackend, random: Random
+) -> None:
+    local_backend.clock.now = 1000.0
+    walk = Walk(random, MemoryBackend(), local_backend)
+    try:
+        walk.run(n_steps=50)
+    finally:
+        walk.forget()
+
+
+def test_a_url_names_the_store(tmp_path: Path) -> None:
+    memory = open_store("memory://")
+    assert isinstance(memory.jobs, MemoryJobStore)
+    assert (memory.blobs, len(memory.secret)) == (None, 32)
+    local = open_store(f"local://{tmp_path}/store")
+    assert isinstance(local.jobs, LocalJobStore)
+    assert local.blobs is not None
+    local.blobs.put_many([("job/a/1", [memoryview(b"bytes")])])
+    assert bytes(local.blobs.get_many(["job/a/1"])[0]) == b"bytes"
+    again = open_store(f"local://{tmp_path}/store")
+    assert again.secret == local.secret == local.jobs.secret
+    again.jobs.close()
+    local.jobs.close()
+
+
+@pytest.mark.parametrize("url", ["", "memory", "local://", "local://host/path", "redis:/x", "/tmp"])
+def test_a_url_that_names_no_store_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="no such store"):
+        open_store(url)

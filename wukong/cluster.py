@@ -1,8 +1,8 @@
 """Clusters: a store, an invoker and a policy, as a context manager with Dask's `get`.
 
-    with wukong.LocalCluster(n_workers=2) as cluster:
-        x.sum().compute(scheduler=cluster.get)
-        print(cluster.report())
+with wukong.LocalCluster(n_workers=2) as cluster:
+    x.sum().compute(scheduler=cluster.get)
+    print(cluster.report())
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from wukong.errors import JobNotFound, WukongError
 from wukong.executor.core import Policy
 from wukong.executor.messages import JobId
 from wukong.executor.wire import Traffic, open_wire
+from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
+from wukong.scheduler.costs import Costs
 from wukong.scheduler.graph import Plan, plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.storage import open_store
 from wukong.storage.local_files import default_directory, remove_directory, remove_stale
-from wukong.submit import JobRun, OnTasks, Submission, resolve, submit_plan
+from wukong.submit import Submission, cut_plan, submit_plan
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class LocalCluster:
         self._is_closed = False
         self._own_directory = None
         policy = executor_policy(is_measured=processes)
+        self._costs = Costs()
         self._is_cut = bool(config.get("executor.strands"))
         from wukong.executor.pool import ProcessPool
 
@@ -138,17 +141,19 @@ class LocalCluster:
         self._check_open()
         submission = submit_plan(
             plan,
+            cut_plan(plan, self.n_workers, self._costs if self._is_cut else None),
             self._store,
-            self.n_workers,
             fail_fast=True,
-            is_cut=self._is_cut,
             n_retries=int(config.get("job.retries")),
         )
-        return self._run(submission, timeout_s, on_tasks)
+        run = self._run(submission, timeout_s, on_tasks)
+        tasks, seconds = run.durations()
+        self._costs.learn([plan.calls[task] for task in tasks], seconds)
+        return plan.resolve(run.values)
 
     def _run(
         self, submission: Submission, timeout_s: float | None, on_tasks: OnTasks | None
-    ) -> Any:
+    ) -> JobRun:
         policy = JobPolicy(
             sweep_s=self._silence_s / 2,
             deadline_s=self._timeout_s if timeout_s is None else timeout_s,
@@ -156,11 +161,11 @@ class LocalCluster:
         )
         run = JobRun(submission, self._store, self._pool, policy, on_tasks)
         try:
-            values = run.run()
+            run.run()
         finally:
             if run.report is not None:
                 self._last_report = run.report
-        return resolve(submission.manifest, values)
+        return run
 
     def attach(self, job: str, timeout_s: float | None = None) -> Any:
         """Gather a job whose client is gone, and see it to its end.
@@ -181,7 +186,8 @@ class LocalCluster:
         wire = open_wire(self._store, JobId(job), traffic)
         manifest = wire.read_manifest(payload)
         self._pool.invoke(())
-        return self._run(Submission(JobId(job), manifest, wire, traffic, None), timeout_s, None)
+        run = self._run(Submission(JobId(job), manifest, wire, traffic, None), timeout_s, None)
+        return resolve(manifest, run.values)
 
     def jobs(self) -> tuple[str, ...]:
         """Ids of the jobs in the store."""

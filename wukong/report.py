@@ -3,26 +3,34 @@
 Made by a client from the records that came with the commits (`wukong.trace`). Making a report
 costs next to nothing: the records stay packed until the first counter that needs them is read, and
 their tasks stay packed until a story or a drawing is asked for. The drawings themselves are in
-`wukong.report_drawing`.
+`wukong.report_drawing` and `wukong.report_chrome`, imported when the first one is made: every
+import of wukong would pay for them.
 """
 
 from __future__ import annotations
 
-import difflib
 import heapq
 import os
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 from wukong.executor.messages import JobView, Status
-from wukong.report_chrome import write_chrome
-from wukong.report_columns import TaskColumns, decode_tasks, function_codes
-from wukong.report_drawing import Picture, count_text, size_text, time_text, to_html, write_png
+from wukong.report_columns import (
+    TaskColumns,
+    count_text,
+    decode_tasks,
+    function_codes,
+    minters_of,
+    size_text,
+    time_text,
+)
 from wukong.trace import RunRecord, read
+
+if TYPE_CHECKING:
+    from wukong.report_drawing import Picture
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -30,8 +38,7 @@ Path: TypeAlias = "str | os.PathLike[str]"
 MAX_COMPARED_KEYS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class ClientCounts:
+class ClientCounts(NamedTuple):
     """What the client itself did for one job, beside its executors."""
 
     n_round_trips: int = 0
@@ -88,6 +95,10 @@ class Report:
     @cached_property
     def _tasks(self) -> TaskColumns:
         return decode_tasks(self.records, self._begun_at)
+
+    @cached_property
+    def _minters(self) -> list[int]:
+        return minters_of(self.records)
 
     @property
     def job(self) -> str:
@@ -217,8 +228,7 @@ class Report:
             f"  ran       {self._after(begin_s)} to {self._after(end_s)}"
             f" ({time_text(end_s - begin_s)}), number {row - first + 1:,} of {n_tasks:,}",
             f"  attempts  {_attempts(record, task)}",
-            f"  begun     {self._after(record.begun_at - self._begun_at)},"
-            f" {self._origin(record, before)}",
+            f"  begun     {self._after(record.begun_at - self._begun_at)}, {self._origin(run)}",
             f"  fetch     {time_text(record.fetched_at - record.begun_at)}:"
             f" {size_text(record.bytes_read)}, {count_text(record.n_blobs_read, 'blob')}",
             f"  run       {time_text(record.ran_at - record.fetched_at)}:"
@@ -243,12 +253,16 @@ class Report:
         after = (r for r in self.records[run + 1 :] if r.holder == holder)
         return next(before, None), next(after, None)
 
-    def _origin(self, record: RunRecord, before: RunRecord | None) -> str:
-        """How the executor came to this run, and how long it had been idle."""
-        since_at = before.sent_at if before else self._begun_at
-        since = f"it committed strand {before.strand}" if before else "the job's begin"
+    def _origin(self, run: int) -> str:
+        """How the executor came to this run, and how long the run had been queued."""
+        record, minter = self.records[run], self._minters[run]
+        minted_at = self._begun_at if minter < 0 else self.records[minter].sent_at
+        since = "the job's begin"
+        if minter >= 0:
+            since = f"strand {self.records[minter].strand} committed"
+            since += f" on {self.records[minter].holder}"
         how = "invoked" if record.is_invoked else "become by its executor"
-        return f"{how} {time_text(record.begun_at - since_at)} after {since}"
+        return f"{how} {time_text(record.begun_at - minted_at)} after {since}"
 
     def _after(self, time_s: float) -> str:
         return f"{time_s:.6f} s"
@@ -268,6 +282,8 @@ class Report:
         too short to be seen are merged; the slice says how many they are, so that the file of a
         million tasks has a few megabytes.
         """
+        from wukong.report_chrome import write_chrome
+
         write_chrome(self._picture(), path)
 
     def timeline(self, path: Path) -> None:
@@ -278,9 +294,13 @@ class Report:
         Raises:
             ImportError: matplotlib is missing; the message says how to install it.
         """
+        from wukong.report_drawing import write_png
+
         write_png(self._picture(), path)
 
     def _picture(self) -> Picture:
+        from wukong.report_drawing import Picture
+
         return Picture(
             self._keys,
             self.records,
@@ -323,6 +343,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         """The counters and a timeline, for a notebook; it loads nothing from anywhere."""
+        from wukong.report_drawing import to_html
+
         return to_html(self._picture(), self._cells())
 
 
@@ -366,7 +388,9 @@ def _attempts(record: RunRecord, task: int) -> str:
     n_raised = dict(record.retried).get(task, 0)
     said = [f"start {record.n_starts:,} of its token"]
     if record.n_deaths:
-        said.append(f"{count_text(record.n_deaths, 'attempt')} with these tasks died before")
+        cause = f" (the last one: {record.cause})" if record.cause else ""
+        deaths = f"{count_text(record.n_deaths, 'attempt')} with these tasks died before"
+        said.append(deaths + cause)
     if n_raised:
         said.append(f"the task raised and was run again {count_text(n_raised, 'time')}")
     return "; ".join(said)
@@ -377,6 +401,8 @@ def _unknown_key(key: Hashable, keys: Sequence[Hashable]) -> str:
 
     Looked at are the keys whose function has a similar name, and of them those that begin alike.
     """
+    import difflib  # only an error needs it
+
     wanted = repr(key)
     names, codes = function_codes(keys)
     (function,), _ = function_codes([key])

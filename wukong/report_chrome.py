@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from wukong.report_columns import Spans, lanes_of, merge_short
-from wukong.report_drawing import Picture, count_text
+from wukong.report_columns import Lanes, Spans, count_text, lanes_of, merge_short, minters_of
+from wukong.report_drawing import Picture
 from wukong.trace import RunRecord
 
 Path: TypeAlias = "str | os.PathLike[str]"
@@ -51,6 +51,23 @@ def _events(picture: Picture) -> Iterator[Event]:
         yield from _run_slices(record, lane, origin)
         for piece in range(bounds[run], bounds[run + 1]):
             yield _task_slice(picture, pieces, piece, lane, shift_s)
+    yield from _arrows(picture, lanes, origin)
+
+
+def _arrows(picture: Picture, lanes: Lanes, origin: float) -> Iterator[Event]:
+    """From the end of each commit to the runs that it minted."""
+    for run, minter in enumerate(minters_of(picture.records)):
+        if minter < 0:
+            continue
+        ends = (
+            ("s", minter, picture.records[minter].ran_at),
+            ("f", run, picture.records[run].begun_at),
+        )
+        for phase, at_run, at in ends:
+            event: Event = {"ph": phase, "id": run, "cat": "mint", "name": "mint", "pid": 1}
+            event |= {"tid": int(lanes.of_run[at_run]), "ts": round((at - origin) * 1e6, 3)}
+            # A flow binds to the slice around its end, here the run that begins there.
+            yield event | ({"bp": "e"} if phase == "f" else {})
 
 
 def _task_pieces(picture: Picture) -> Spans:
@@ -78,9 +95,11 @@ def _run_slices(record: RunRecord, lane: int, origin: float) -> Iterator[Event]:
             record.sent_at,
             {
                 "token": record.token,
+                "attempt": record.attempt,
                 "start": record.n_starts,
                 "invoked": record.is_invoked,
                 "deaths": record.n_deaths,
+                "cause of death": record.cause,
                 "tasks": n_tasks,
                 "round trips": record.n_round_trips,
                 "copied bytes": record.copied_bytes,

@@ -1,7 +1,7 @@
 """What a job's run records say, as columns: tasks, their times, and pieces large enough to see.
 
 Used by `wukong.report` and its drawings. Everything is numpy, so that a million tasks are decoded
-and merged in less than a second; nothing here formats or draws.
+and merged in less than a second. Also the words for numbers that all reports use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,29 @@ from wukong.trace import RunRecord
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 999.95:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1_000
+    return f"{n_bytes:,.2f} GB"
+
+
+def time_text(time_s: float) -> str:
+    """Seconds for people: s, ms or us, with three digits or more."""
+    if abs(time_s) < 0.9995e-3:
+        return f"{time_s * 1e6:.3g} us"
+    if abs(time_s) < 0.9995:
+        return f"{time_s * 1e3:.3g} ms"
+    return f"{time_s:,.2f} s"
+
+
+def count_text(n: int, noun: str) -> str:
+    """A number of things."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +122,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
+
+
+def minters_of(records: Sequence[RunRecord]) -> list[int]:
+    """For each run the number of the run whose commit minted its token; -1: none of these did."""
+    run_of_attempt = {record.attempt: run for run, record in enumerate(records)}
+    return [run_of_attempt.get(record.token.rpartition(".")[0], -1) for record in records]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,11 @@ from wukong.report_columns import (
     Lanes,
     Spans,
     TaskColumns,
+    count_text,
     function_codes,
     lanes_of,
     merge_short,
+    time_text,
 )
 from wukong.trace import RunRecord
 
@@ -59,29 +61,6 @@ SVG_SPANS = 3_000
 PNG_LANES = 128
 SVG_LANES = 24
 MAX_NAME = 28
-
-
-def size_text(n_bytes: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if n_bytes < 999.95:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1_000
-    return f"{n_bytes:,.2f} GB"
-
-
-def time_text(time_s: float) -> str:
-    """Seconds for people: s, ms or us, with three digits or more."""
-    if abs(time_s) < 0.9995e-3:
-        return f"{time_s * 1e6:.3g} us"
-    if abs(time_s) < 0.9995:
-        return f"{time_s * 1e3:.3g} ms"
-    return f"{time_s:,.2f} s"
-
-
-def count_text(n: int, noun: str) -> str:
-    """A number of things."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +198,8 @@ def _all_spans(
         ).astype(np.int64),
         np.concatenate((np.ones(len(tasks.task), np.int64), np.zeros(2 * n_runs, np.int64))),
     )
-    shown = row >= 0
-    if shown.all():
-        return spans
+    # A strand without inputs fetches nothing, for no time.
+    shown = (row >= 0) & ((spans.end_s > spans.begin_s) | (spans.n_tasks > 0))
     return Spans(
         row[shown],
         spans.begin_s[shown],

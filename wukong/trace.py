@@ -18,12 +18,16 @@ class RunRecord(NamedTuple):
     strand: str
     """The strand's id; a piece of a split strand has a name of its own."""
     token: str
+    attempt: str
+    """Under which it ran and committed; the tokens that it minted begin with it."""
     holder: str
     """The executor that ran it."""
     n_starts: int
     """How often the token had been started, this run included."""
     n_deaths: int
     """Attempts that are known to have died with these tasks before."""
+    cause: str
+    """How the last of them died, as far as known."""
     is_invoked: bool
     """The executor took the token; False: it became this strand after the one before."""
     begun_at: float

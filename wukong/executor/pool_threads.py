@@ -168,10 +168,11 @@ class ThreadPool:
             logger.exception("an executor has failed; its work is queued again")
             self._failure = traceback.format_exc()
             self._store.jobs.release(seat.holder, f"failed with {error!r}")
-            self.ring(self.n_idle())
         finally:
             with self._lock:
                 self._seats.remove(seat)
+            # It may have been woken for a token just when it was told to end.
+            self.ring(1)
 
     def _beat(self) -> None:
         """The heartbeat thread of all executors; sleeps while all of them idle."""

@@ -55,6 +55,8 @@ MESSAGE_BYTES = 1 << 17
 TEXT_BYTES = 8000
 """Of a traceback, its end is reported."""
 _PR_SET_PDEATHSIG = 1
+# Loaded before the first fork: that takes milliseconds.
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,10 @@ class Zygote:
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         # Garbage that is never collected leaves no holes, which children would fill by copying.
         gc.disable()
+        if settings.store_url.startswith("local:"):
+            # `open_store` imports them only when it is asked for such a store.
+            importlib.import_module("wukong.storage.blobfiles")
+            importlib.import_module("wukong.storage.local")
         for module in settings.preload:
             importlib.import_module(module)
         self._entry = _find(settings.entry)
@@ -255,9 +261,8 @@ def _find(entry: str) -> Callable[[ProcessSeat, Settings], None]:
 
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when the zygote dies, however that happens."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(FAILED)  # it died before
 

@@ -71,16 +71,20 @@ class Recorder:
         n_tasks = len(self._tasks)
         ended = [end - self._clock_at for end in self.ended[:n_tasks]]
         now = time.time()
+        # A split commits in the middle of a run, which then has not ended by itself.
+        worked_s = ended[-1] if ended else 0.0
         record = trace.RunRecord(
             strand=grant.strand,
             token=grant.token,
+            attempt=grant.attempt,
             holder=self._holder,
             n_starts=grant.n_starts,
             n_deaths=grant.n_deaths,
+            cause=grant.cause,
             is_invoked=self._is_invoked,
             begun_at=self._begun_at,
             fetched_at=self._fetched_at,
-            ran_at=max(self._ran_at, self._fetched_at),
+            ran_at=max(self._ran_at, self._fetched_at + worked_s),
             sent_at=now,
             bytes_read=traffic.bytes_read,
             bytes_written=traffic.bytes_written,

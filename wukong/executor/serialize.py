@@ -228,7 +228,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
         kind = type(obj)
         if kind in _SCALARS:
             return kind, (obj.item(),)
-        if kind is type and obj in _SCALARS:
+        if kind is type and (obj in _SCALARS or obj.__module__.startswith("wukong.")):
             return NotImplemented  # importable, which cloudpickle takes several us to find out
         if kind is not np.ndarray:
             return super().reducer_override(obj)

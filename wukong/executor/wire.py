@@ -25,6 +25,9 @@ from wukong.executor.serialize_programs import Program, decode_program, encode_p
 from wukong.storage import Store
 from wukong.storage.contract import BlobStore
 
+PROGRAM_INLINE_BYTES = 64 * 1024
+"""Programs up to this size are rows of the job; larger ones are blobs."""
+
 Error = Failure | Raised
 """A task's exception as a value."""
 
@@ -91,8 +94,8 @@ class Wire(Protocol):
         """
         ...
 
-    def put_program(self, program: Program, blob: BlobId | None) -> Entry:
-        """Make the entry of a strand's program; see `put`."""
+    def put_program(self, program: Program, blob: BlobId) -> Entry:
+        """Make the entry of a strand's program: inline if it is small, else that blob."""
         ...
 
     def read_program(self, entry: Entry) -> Program:
@@ -139,7 +142,7 @@ class ObjectWire:
                 values.update(zip(entry.tasks, entry.payload))  # type: ignore[call-overload]  # the list that put() was given
         return values
 
-    def put_program(self, program: Program, blob: BlobId | None) -> Entry:
+    def put_program(self, program: Program, blob: BlobId) -> Entry:
         """See `Wire.put_program`."""
         return Entry((), None, program, 0, 0)
 
@@ -278,12 +281,12 @@ class SignedWire:
                 lost.append(export)
         raise UnreadableExports(tuple(sorted(set(lost))), cause)
 
-    def put_program(self, program: Program, blob: BlobId | None) -> Entry:
+    def put_program(self, program: Program, blob: BlobId) -> Entry:
         """See `Wire.put_program`."""
         encoded = encode_program(self._codec, self._context("program"), program)
         self._traffic.bytes_written += encoded.size_bytes
         self._traffic.copied_bytes += encoded.copied_bytes
-        if blob is None:
+        if encoded.size_bytes <= PROGRAM_INLINE_BYTES:
             return Entry((), None, encoded.join(), encoded.size_bytes, 0)
         self._put_blobs([(blob, encoded)])
         return Entry((), blob, None, encoded.size_bytes, 0)

@@ -6,9 +6,13 @@ import argparse
 import sys
 import time
 
-from wukong.sim import Violation, run_world
-from wukong.sim.seeds import draw_setting, run_seed
-from wukong.sim.world import World
+from wukong.sim import Violation
+from wukong.sim.seeds import run_seed
+
+
+def write_line(line: str) -> None:
+    """Print."""
+    sys.stdout.write(line + "\n")
 
 
 def main() -> int:
@@ -22,15 +26,15 @@ def main() -> int:
     begun = time.perf_counter()
     for seed in range(given.seed, given.seed + given.count):
         try:
-            report = run_seed(seed, given.trace)
+            report = run_seed(seed, write_line if given.trace else None)
         except Violation as violation:
             failed += 1
-            sys.stdout.write(f"seed {seed}: {violation}\n")
+            write_line(f"seed {seed}: {violation}")
         else:
             if given.count == 1:
-                sys.stdout.write("\n".join([*report.events, repr(report.counts), ""]))
+                write_line(repr(report))
     took_s = time.perf_counter() - begun
-    sys.stdout.write(f"{given.count} seeds, {failed} failed, {took_s / given.count * 1e3:.1f} ms each\n")
+    write_line(f"{given.count} seeds, {failed} failed, {took_s / given.count * 1e3:.1f} ms each")
     return failed > 0
 
 

@@ -70,9 +70,14 @@ class Checker:
     # -------------------------------------------------------------- what happens
 
     def committed(
-        self, request: Commit, made: Mapping[int, Value], tables: Tables, blobs: Mapping[BlobId, Any]
+        self,
+        request: Commit,
+        made: Mapping[int, Value],
+        tables: Tables,
+        blobs: Mapping[BlobId, tuple[Value, ...]],
+        lost: Collection[BlobId],
     ) -> None:
-        """A commit was applied; `tables` are the rows after it."""
+        """A commit was applied; `tables` are the rows after it, `lost` are blobs taken by faults."""
         if request.failed is not None:
             return
         if len(made) != request.n_tasks:
@@ -87,9 +92,9 @@ class Checker:
             for entry in output.entries:
                 payload = entry.payload
                 if entry.blob is not None:
-                    if entry.blob not in blobs:
+                    if entry.blob not in blobs and entry.blob not in lost:
                         raise Violation(f"blob {entry.blob} was committed before it was put")
-                    payload = blobs[entry.blob]
+                    payload = blobs.get(entry.blob, ())
                 assert isinstance(payload, tuple)
                 for value in payload:
                     self._see(value)

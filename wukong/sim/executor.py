@@ -267,6 +267,8 @@ class SimExecutor:
                 self._ask(action, lambda: store.start(action, self.holder), self._started)
             case Fetch():
                 return self._fetch(action)
+            case Run(part, 0):
+                return self._ran(part, 0)
             case Run(part, limit):
                 self._world.counts["runs"] += 1
                 self._run(part, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
@@ -76,13 +77,13 @@ def _draw_policy(rng: Random, heartbeat_s: float, faults: Faults) -> Policy:
     )
 
 
-def run_seed(seed: int, is_traced: bool = False) -> SimReport:
+def run_seed(seed: int, trace: Callable[[str], None] | None = None) -> SimReport:
     """Run the world of a seed.
 
     Raises:
         Violation: something went wrong in it; the message says how to see it again.
     """
     try:
-        return run_world(draw_setting(seed), seed, is_traced=is_traced)
+        return run_world(draw_setting(seed), seed, trace=trace)
     except AssertionError as error:
         raise Violation(f"{error}\nreplay: python -m wukong.sim --seed {seed} --trace") from error

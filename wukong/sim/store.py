@@ -241,7 +241,9 @@ class SimStore:
         if self._version() != version:
             self.world.counts["commits"] += 1
             if self.world.checker is not None:
-                self.world.checker.committed(request, made, self.rows.tables, self.blobs)
+                self.world.checker.committed(
+                    request, made, self.rows.tables, self.blobs, self._lost
+                )
         self._changed()
         return reply
 

@@ -16,7 +16,7 @@ from wukong.sim.faults import Faults
 from wukong.sim.services import Platform
 
 JOB = JobId("job")
-MAX_EVENTS_PER_TASK = 20_000
+MAX_EVENTS_PER_TASK = 2_000
 """More than any job needs: beyond it two parts of the system wait for each other busily."""
 
 
@@ -48,11 +48,15 @@ class World:
         setting: what is simulated.
         seed: of every random choice.
         checker: None for fast runs without lineage of values.
-        is_traced: keep a line of text for each action and event.
+        trace: takes a line of text for each action and event.
     """
 
     def __init__(
-        self, setting: Setting, seed: int, checker: Checker | None, is_traced: bool = False
+        self,
+        setting: Setting,
+        seed: int,
+        checker: Checker | None,
+        trace: Callable[[str], None] | None = None,
     ) -> None:
         self.setting = setting
         self.checker = checker
@@ -60,7 +64,7 @@ class World:
         self.rng = Random(seed)
         self.counts: Counter[str] = Counter()
         self.is_over = False
-        self.trace: list[str] | None = [] if is_traced else None
+        self._trace = trace
         self.excused: set[AttemptId] = set()
         """Attempts that died or lost a reply: what they put may be left behind."""
         self.excused_blobs: set[BlobId] = set()
@@ -106,5 +110,5 @@ class World:
 
     def log(self, who: str, what: object) -> None:
         """Note an action or an event in the trace."""
-        if self.trace is not None:
-            self.trace.append(f"{self.now:.6f} {who} {what}")
+        if self._trace is not None:
+            self._trace(f"{self.now:.6f} {who} {what}")

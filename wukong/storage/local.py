@@ -44,7 +44,7 @@ from wukong.executor.messages import (
     Relaunch,
     TokenId,
 )
-from wukong.storage import local_files, state
+from wukong.storage import state
 from wukong.storage.contract import QueueStore
 from wukong.storage.local_env import LOOK_BYTES, close_environment, open_environment
 from wukong.storage.local_peers import Pipe, sweep, wake
@@ -83,8 +83,11 @@ class LocalJobStore(QueueStore):
         self._clock = clock
         self._closed = False
         self._pipes = _Pipes(self._environment.directory)
-        self.secret = local_files.secret_of(self._environment.directory)
+
+    @property
+    def secret(self) -> bytes:
         """From which the keys of all jobs are derived."""
+        return self._environment.secret
 
     @property
     def directory(self) -> Path:
@@ -241,7 +244,8 @@ class LocalJobStore(QueueStore):
         return self._environment.read(lambda txn: tuple(_jobs(txn)))
 
     def close(self) -> None:
-        if not self._closed:
+        # In a forked child all of it is the parent's.
+        if not self._closed and not self._environment.is_forked:
             self._closed = True
             self._pipes.close()
             close_environment(self._environment)

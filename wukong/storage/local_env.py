@@ -37,6 +37,10 @@ STUCK_LOOK_S = 0.5
 N_STUCK_LOOKS = 2
 """A writer that waits at so many looks in a row has waited for over a second."""
 N_IDLE_LOOKS = 10
+FORKED = (
+    "this process was forked from one that had the store open, and LMDB cannot be used across a "
+    "fork; fork before opening the store, or execute a new program"
+)
 
 _DAMAGED = (
     lmdb.CorruptedError,
@@ -53,35 +57,29 @@ class Environment:
         """Open the directory's environment, and make it when it is new."""
         self.directory = directory
         self.n_users = 0
-        local_files.prepare_directory(directory)
-        self._alive_fd = local_files.hold_alive(directory)
-        sweep(directory)
-        self._mark = WriterMark(directory)
+        self.is_forked = False
         self._turn = threading.Lock()
         self._watchdog: _Watchdog | None = None
         self._room_bytes = 0
-        self._n_unseen_bytes = LOOK_BYTES
+        self._n_unseen_bytes = 0
         self._refusal = ""
-        try:
-            self._env = lmdb.open(
-                str(directory),
-                map_size=MAP_BYTES,
-                mode=0o600,
-                writemap=True,
-                sync=False,
-                metasync=False,
-                readahead=False,
-                meminit=False,
-                max_dbs=2,
-                max_readers=MAX_READERS,
-                max_spare_txns=4,
-            )
-            self._make_room(0)
-            self._env.reader_check()
-            self.rows = self._env.open_db(b"rows")
-            self.queue = self._env.open_db(b"queue")
-        except lmdb.Error as error:
-            raise self._translated(error) from error
+        local_files.prepare_directory(directory)
+        with contextlib.ExitStack() as undo:
+            self._alive_fd = local_files.hold_alive(directory)
+            undo.callback(os.close, self._alive_fd)
+            self.secret = local_files.secret_of(directory)
+            sweep(directory)
+            self._mark = WriterMark(directory)
+            undo.callback(self._mark.close)
+            try:
+                self._env = _opened(directory)
+                undo.callback(self._env.close)
+                self._make_room(0)
+                self.rows = self._env.open_db(b"rows")
+                self.queue = self._env.open_db(b"queue")
+            except lmdb.Error as error:
+                raise self._translated(error) from error
+            undo.pop_all()
 
     def read(self, operation: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         """Run an operation on a snapshot; it waits for nobody."""
@@ -154,9 +152,8 @@ class Environment:
 
     def abandon(self) -> None:
         """In a forked child: never use or close what belongs to the parent."""
-        self._refusal = (
-            "this process was forked after its parent had opened the store; open it after the fork"
-        )
+        self.is_forked = True
+        self._refusal = FORKED
         os.close(self._alive_fd)
         # A thread of the parent may have held it when the process was forked.
         self._turn = threading.Lock()
@@ -208,6 +205,25 @@ class Environment:
         return StoreUnavailable(f"{self.directory}: {error}")
 
 
+def _opened(directory: Path) -> lmdb.Environment:
+    # Nothing is synced to disk: the store shall survive its processes, not the machine.
+    environment = lmdb.open(
+        str(directory),
+        map_size=MAP_BYTES,
+        mode=0o600,
+        writemap=True,
+        sync=False,
+        metasync=False,
+        readahead=False,
+        meminit=True,
+        max_dbs=2,
+        max_readers=MAX_READERS,
+        max_spare_txns=4,
+    )
+    environment.reader_check()
+    return environment
+
+
 class _Watchdog:
     """Ends stopped processes that keep this one from writing for over a second.
 
@@ -248,8 +264,14 @@ _open_lock = threading.Lock()
 
 
 def open_environment(directory: Path) -> Environment:
-    """The process's one environment of a directory; give it back with `close_environment`."""
+    """The process's one environment of a directory; give it back with `close_environment`.
+
+    Raises:
+        StoreUnavailable: as `Environment`; and in a child of a process that had it open.
+    """
     path = os.path.realpath(directory)
+    if path in _abandoned:
+        raise StoreUnavailable(f"{path}: {FORKED}")
     with _open_lock:
         environment = _open.get(path)
         if environment is None:
@@ -270,13 +292,13 @@ def close_environment(environment: Environment) -> None:
 def _forget_in_child() -> None:
     global _open_lock
     _open_lock = threading.Lock()
-    for environment in _open.values():
+    for path, environment in _open.items():
         with contextlib.suppress(OSError):
             environment.abandon()
-        # Freed, it would unmap and close what the parent has made; so it stays, unused.
-        _abandoned.append(environment)
+        # Freed, it would close what the parent has made; so it stays, unused.
+        _abandoned[path] = environment
     _open.clear()
 
 
-_abandoned: list[Environment] = []
+_abandoned: dict[str, Environment] = {}
 os.register_at_fork(after_in_child=_forget_in_child)

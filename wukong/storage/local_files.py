@@ -58,11 +58,14 @@ def prepare_directory(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise SecurityError(
-                f"{directory}: a job store's directory must belong to its user, and nobody else "
-                f"may write to it (uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o})"
-            )
+    except OSError as error:
+        raise StoreUnavailable(f"{directory}: cannot hold a job store: {error}") from error
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SecurityError(
+            f"{directory}: a job store's directory must belong to its user, and nobody else "
+            f"may write to it (uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o})"
+        )
+    try:
         for folder in (WRITERS, PIPES):
             (directory / folder).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:

@@ -259,9 +259,7 @@ def start(
         if row.running:
             if now - row.stamped_at < job.silence_s:
                 return Refused(Reason.HELD)
-            row.n_deaths += 1
-            row.cause = row.cause or f"no heartbeat for {job.silence_s:g} s"
-            job.n_deaths += 1
+            _die(job, row)
         _confirm(rows, row)
         row.running = True
         row.attempt = attempt
@@ -739,11 +737,22 @@ def _sweep(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation,
             found.append((row.stamped_at, key, row))
     found.sort(key=lambda item: item[:2])
     for _, key, row in found[:limit]:
-        if not row.running:
+        if row.running:
+            # Queued again, for executors that take tokens from the queue (seed 18).
+            _die(job, row)
+        else:
             row.n_invokes += 1
             row.stamped_at = now
-            rows.put(TOKENS, key, row)
+        rows.put(TOKENS, key, row)
     return tuple(Invocation(rows.job, TokenId(key), row.priority) for _, key, row in found[:limit])
+
+
+def _die(job: JobRow, row: TokenRow) -> None:
+    """Take a token from a holder that has been silent for long."""
+    row.running = False
+    row.n_deaths += 1
+    row.cause = row.cause or f"no heartbeat for {job.silence_s:g} s"
+    job.n_deaths += 1
 
 
 def _backoff_s(n_invokes: int) -> float:

@@ -1,0 +1,41 @@
+"""python -m tests.dask_suites: which of Dask's own tests end differently with Wukong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.dask_suites.runner import SUITES, Comparison, compare
+
+SAMPLE = 500
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.dask_suites", description=__doc__)
+    parser.add_argument("--mode", choices=("threads", "processes"), help="by default both")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--sample", type=int, default=SAMPLE, help="how many tests, always the same")
+    size.add_argument("--full", action="store_true", help="all of them")
+    parser.add_argument("suites", nargs="*", default=SUITES, help="packages or files; by default all")
+    options = parser.parse_args()
+    n_unexpected = 0
+    for mode in (options.mode,) if options.mode else ("threads", "processes"):
+        comparison = compare(mode, None if options.full else options.sample, options.suites)
+        print_comparison(comparison)
+        n_unexpected += len(comparison.unexpected)
+    return 1 if n_unexpected else 0
+
+
+def print_comparison(comparison: Comparison) -> None:
+    for suite, counts in sorted(comparison.counts.items()):
+        listed = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+        print(f"{comparison.mode:10} {suite:17} {listed}")
+    for difference in comparison.differences:
+        ours, theirs = difference.outcomes
+        print(f"\n{difference.test}: {ours} with Dask's scheduler, {theirs} with Wukong's")
+        print(f"  accepted: {difference.reason}" if difference.reason else difference.text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

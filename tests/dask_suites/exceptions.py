@@ -1,0 +1,10 @@
+"""What is left out of the comparison, and the differences that are accepted, each with its reason."""
+
+LEFT_OUT = {
+    "dask/tests/test_distributed.py": "runs on distributed's own scheduler",
+    "dask/dataframe/dask_expr/tests/test_distributed.py": "runs on distributed's own scheduler",
+}
+"""Files, under site-packages."""
+
+EXCEPTIONS: dict[str, str] = {}
+"""End of a test's id -> why its outcome may differ."""

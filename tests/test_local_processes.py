@@ -1,0 +1,193 @@
+"""The embedded store among several processes: waking, killed ones, stopped ones."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("storage_contract")
+
+from storage_contract import T0, commit, create  # noqa: E402 - to be rewritten
+from test_local_store import run_program  # noqa: E402
+
+from wukong.executor.messages import Status  # noqa: E402
+from wukong.storage import local_peers  # noqa: E402
+from wukong.storage.local import LocalJobStore  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+COMMIT_FOR_EVER = """
+store = LocalJobStore(Path(sys.argv[1]))
+print("ready", flush=True)
+n = 0
+while True:
+    n += 1
+    name = f"{os.getpid()}.{n}"
+    grant = store.take(str(os.getpid()), name)
+    if grant is not None:
+        feed = Feed(str(n % 6), 1)
+        made = output(name, n, feeds=(feed,))
+        consumed = tuple(i.export for i in grant.inputs)
+        store.commit(commit(grant.token, name, outputs=(made,), consumed=consumed, n_tasks=1))
+"""
+STOP_IN_A_TRANSACTION = """
+store = LocalJobStore(Path(sys.argv[1]))
+print("ready", flush=True)
+def stop(txn):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return None, 0
+store._environment.write(stop)
+store.create(create("of the stopped one"))
+"""
+STOP_BETWEEN_TRANSACTIONS = """
+store = LocalJobStore(Path(sys.argv[1]))
+store.create(create("first"))
+print("ready", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+store.create(create("second"))
+"""
+WAIT = """
+store = LocalJobStore(Path(sys.argv[1]))
+print("ready", flush=True)
+print(store.wait("job", 1, 60.0).status.name, flush=True)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LocalJobStore]:
+    store = LocalJobStore(tmp_path / "store")
+    yield store
+    store.close()
+
+
+def started(program: str, store: LocalJobStore) -> subprocess.Popen[str]:
+    process = run_program(program, store.directory)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    while local_peers._stat_of(process.pid)[0] != "T":
+        time.sleep(0.005)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait(10)
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_writers_killed_at_any_moment_harm_nobody(store: LocalJobStore) -> None:
+    store.create(create(entries=("0", "1", "2", "3", "4", "5")))
+    moments = random.Random(1)
+    n_done = 0
+    for _ in range(25):
+        writers = [started(COMMIT_FOR_EVER, store) for _ in range(2)]
+        for writer in writers:
+            time.sleep(moments.uniform(0.0, 0.02))
+            end(writer)
+        begun = time.monotonic()
+        for writer in writers:
+            store.release(str(writer.pid), "killed")
+        assert time.monotonic() - begun < 1.0
+        view = store.view("job")
+        assert view is not None
+        # Every commit passes one token on, so that six are always there.
+        assert (view.status, view.n_queued, view.n_running) == (Status.RUNNING, 6, 0)
+        assert (view.n_tasks_done, store.n_queued()) == (view.n_commits, 6)
+        assert view.n_commits > n_done
+        n_done = view.n_commits
+    store.forget("job")
+    assert store.jobs() == ()
+    assert store._environment.read(lambda txn: txn.stat()["entries"]) == 0
+
+
+def test_a_process_stopped_inside_a_transaction_is_killed(store: LocalJobStore) -> None:
+    process = started(STOP_IN_A_TRANSACTION, store)
+    wait_until_stopped(process)
+    begun = time.monotonic()
+    store.create(create())
+    assert 1.0 < time.monotonic() - begun < 3.0
+    assert process.wait(5) == -signal.SIGKILL
+    end(process)
+    assert store.jobs() == ("job",)
+
+
+def test_two_processes_stopped_inside_one_are_killed_in_turn(store: LocalJobStore) -> None:
+    first = started(STOP_IN_A_TRANSACTION, store)
+    wait_until_stopped(first)
+    second = started(COMMIT_FOR_EVER, store)
+    second.send_signal(signal.SIGSTOP)
+    wait_until_stopped(second)
+    store.create(create())
+    assert first.wait(5) == -signal.SIGKILL
+    end(first)
+    second.send_signal(signal.SIGCONT)
+    end(second)
+    assert store.jobs() == ("job",)
+
+
+def test_a_process_stopped_elsewhere_is_left_alone(store: LocalJobStore) -> None:
+    process = started(STOP_BETWEEN_TRANSACTIONS, store)
+    wait_until_stopped(process)
+    local_peers.kill_stopped_holders(store.directory)
+    store.create(create())
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(10) == 0
+    end(process)
+    assert store.jobs() == ("first", "job", "second")
+
+
+def test_the_watchdog_goes_when_nothing_is_written(
+    store: LocalJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = store._environment
+    store.create(create())
+    watchdog = environment._watchdog
+    assert watchdog is not None
+    assert environment.retire(watchdog, watchdog.n_begun - 1) is False
+    assert environment.retire(watchdog, watchdog.n_begun) is True
+    assert environment._watchdog is None
+    watchdog.end()
+    store.create(create("job2"))
+    assert environment._watchdog is not None
+
+
+def test_another_process_is_woken(store: LocalJobStore) -> None:
+    store.create(create())
+    process = started(WAIT, store)
+    while len(os.listdir(store.directory / local_peers.PIPES)) < 2:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    store.commit(commit(T0, failed=b"error"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "FAILED\n"
+    assert process.wait(5) == 0
+    end(process)
+
+
+def test_a_dead_watcher_is_no_longer_written_to(store: LocalJobStore) -> None:
+    store.create(create())
+    process = started(WAIT.replace("1, 60.0", "1, 60.0, True"), store)
+    own = {store._pipes.default()}
+
+    def watchers() -> set[str]:
+        return store._look("job", lambda rows: {name for name, _ in rows._packed("v")})
+
+    while len(watchers()) < 2:
+        time.sleep(0.005)
+    end(process)
+    store.commit(commit(T0))
+    assert watchers() == own
+    store.release("nobody", "")
+    assert set(os.listdir(store.directory / local_peers.PIPES)) == own
+    assert len(os.listdir(store.directory / local_peers.WRITERS)) == 1

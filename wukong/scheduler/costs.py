@@ -1,0 +1,78 @@
+"""What a task will take: estimates by function, learned from the jobs that have run.
+
+An estimate that is wrong costs little: a strand that turns out long is split while it runs. So one
+mean for each function is enough, whatever the sizes of its arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wukong.scheduler.graph import Call
+
+NEW_WEIGHT = 0.5
+"""Weight of the last job's mean: sizes change from job to job more than they repeat."""
+N_KNOWN_MAX = 10_000
+"""Functions that are remembered; the oldest are forgotten first."""
+
+
+class Costs:
+    """Seconds a call of each function has taken. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = {}
+
+    def estimate(self, calls: Sequence[Call]) -> NDArray[np.float64] | None:
+        """Seconds of each task (n); None when no function of the graph is known.
+
+        A function that is not known counts as the mean of those that are.
+        Cost: 0.2 us a task.
+        """
+        heads = [id(call[0]) for call in calls]
+        with self._lock:
+            known = {
+                head: self._seconds.get(_name(call[0]))
+                for head, call in dict(zip(heads, calls, strict=True)).items()
+            }
+        found = [s for s in known.values() if s is not None]
+        if not found:
+            return None
+        mean = sum(found) / len(found)
+        seconds = {head: mean if s is None else s for head, s in known.items()}
+        return np.fromiter(map(seconds.__getitem__, heads), np.float64, len(heads))
+
+    def learn(self, calls: Sequence[Call], seconds: NDArray[np.float64]) -> None:
+        """Remember how long tasks took.
+
+        Args:
+            calls: of the tasks that ran (n).
+            seconds: of each of them (n).
+        """
+        heads = [id(call[0]) for call in calls]
+        distinct = dict(zip(heads, calls, strict=True))
+        number = {head: i for i, head in enumerate(distinct)}
+        place = np.fromiter(map(number.__getitem__, heads), np.intp, len(heads))
+        counts = np.bincount(place, minlength=len(distinct))
+        means = np.bincount(place, weights=seconds, minlength=len(distinct)) / counts
+        with self._lock:
+            for (_, call), mean in zip(distinct.items(), means.tolist(), strict=True):
+                name = _name(call[0])
+                before = self._seconds.pop(name, mean)
+                self._seconds[name] = NEW_WEIGHT * mean + (1 - NEW_WEIGHT) * before
+            while len(self._seconds) > N_KNOWN_MAX:
+                del self._seconds[next(iter(self._seconds))]
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """A name that the same function has in the next graph."""
+    inner: Any = func
+    while hasattr(inner, "func"):  # partials
+        inner = inner.func
+    kind = inner if hasattr(inner, "__qualname__") else type(inner)
+    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
