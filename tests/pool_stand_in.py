@@ -18,7 +18,9 @@ from pathlib import Path
 
 import psutil
 
+from wukong.executor.core import Policy
 from wukong.executor.messages import Invocation
+from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_seats import ProcessSeat
 from wukong.executor.pool_zygote import Settings
 
@@ -125,6 +127,17 @@ def serve(seat: ProcessSeat, settings: Settings) -> None:
 def new_thread_executor(holder: str, store: FolderStore, *_: object) -> SourceExecutor:
     """What executors of a pool of threads do in these tests."""
     return SourceExecutor(holder, store.jobs)
+
+
+def open_pool(root: Path, **options) -> tuple[ProcessPool, FolderStore]:
+    store = FolderStore(root)
+    options = {"preload": (), "entry": "pool_stand_in:serve", **options}
+    return ProcessPool(str(root), 2, Policy(), store=store, **options), store
+
+
+def all_pids(pool: ProcessPool) -> list[int]:
+    assert pool._zygote is not None
+    return [pool._zygote.process.pid, *pool.pids]
 
 
 def wait_until(is_true, timeout_s: float = 10.0) -> None:

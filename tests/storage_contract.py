@@ -398,15 +398,25 @@ class TokenContract(UsualBeginning):
             assert store.start("job", "a.1", "next", "h") == reply.become
 
     def test_an_export_of_several_pieces_is_complete_with_the_last(self, store: QueueStore) -> None:
-        feed = (Feed("2", 1),)
-        part = output("0", 1, 2, n_values=3, feeds=feed, requested=True, consumers=2)
+        part = output("0", 1, 2, n_values=3, feeds=(Feed("2", 1),))
         assert store.commit(commit(T0, outputs=(part,))) == Receipt(None, (), ())
-        assert (store.results("job"), store.recorded("job")) == ((), ())
-        rest = output("0", 3, n_values=3, feeds=feed, requested=True, consumers=2)
+        assert store.recorded("job") == ()
+        rest = output("0", 3, n_values=3, feeds=(Feed("2", 1),))
         reply = store.commit(commit(T1, "b", outputs=(rest,)))
-        assert reply == Receipt(None, (invocation("b.0"),), (), job_over=True)
-        assert store.results("job") == (Located("0", (entry(1, 2), entry(3))),)
+        assert reply == Receipt(None, (invocation("b.0"),), ())
         assert store.recorded("job") == ("0",)
+        grant = store.start("job", "b.0", "c", "h")
+        assert isinstance(grant, Grant)
+        assert grant.inputs == (Located("0", (entry(1, 2), entry(3))),)
+
+    def test_a_result_of_several_pieces_ends_the_job_with_the_last(self, store: QueueStore) -> None:
+        part = output("0", 1, 2, n_values=3, requested=True)
+        assert store.commit(commit(T0, outputs=(part,))) == Receipt(None, (), ())
+        assert store.results("job") == ()
+        rest = output("0", 3, n_values=3, requested=True)
+        reply = store.commit(commit(T1, "b", outputs=(rest,)))
+        assert reply == Receipt(None, (), (), job_over=True)
+        assert store.results("job") == (Located("0", (entry(1, 2), entry(3))),)
 
     def test_an_input_is_garbage_after_its_last_consumer(self, store: QueueStore) -> None:
         feeds = (Feed("2", 1), Feed("3", 1))

@@ -37,6 +37,17 @@ while True:
         consumed = tuple(i.export for i in grant.inputs)
         store.commit(commit(grant.token, name, outputs=(made,), consumed=consumed, n_tasks=1))
 """
+# For each line that it reads, a process that does this; forked before the store is opened.
+NURSERY = """
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        exec(PROGRAM)
+    print(pid, flush=True)
+"""
 STOP_IN_A_TRANSACTION = """
 store = LocalJobStore(Path(sys.argv[1]))
 print("ready", flush=True)
@@ -83,29 +94,42 @@ def end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait(10)
     assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdin.close()
     process.stdout.close()
 
 
 def test_writers_killed_at_any_moment_harm_nobody(store: LocalJobStore) -> None:
     store.create(create(entries=("0", "1", "2", "3", "4", "5")))
+    quiet = COMMIT_FOR_EVER.replace('print("ready", flush=True)', "")
+    nursery = started(f"PROGRAM = {quiet!r}\n{NURSERY}", store)
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
     moments = random.Random(1)
-    n_done = 0
-    for _ in range(25):
-        writers = [started(COMMIT_FOR_EVER, store) for _ in range(2)]
+    for _ in range(60):
+        writers = []
+        for _ in range(2):
+            nursery.stdin.write("\n")
+            nursery.stdin.flush()
+            writers.append(int(nursery.stdout.readline()))
+        time.sleep(0.03)
         for writer in writers:
-            time.sleep(moments.uniform(0.0, 0.02))
-            end(writer)
+            time.sleep(moments.uniform(0.0, 0.01))
+            os.kill(writer, signal.SIGKILL)
+        for writer in writers:
+            while local_peers._stat_of(writer):
+                time.sleep(0.001)
         begun = time.monotonic()
         for writer in writers:
-            store.release(str(writer.pid), "killed")
+            store.release(str(writer), "killed")
         assert time.monotonic() - begun < 1.0
         view = store.view("job")
         assert view is not None
         # Every commit passes one token on, so that six are always there.
         assert (view.status, view.n_queued, view.n_running) == (Status.RUNNING, 6, 0)
         assert (view.n_tasks_done, store.n_queued()) == (view.n_commits, 6)
-        assert view.n_commits > n_done
-        n_done = view.n_commits
+    assert view.n_commits > 1000
+    end(nursery)
     store.forget("job")
     assert store.jobs() == ()
     assert store._environment.read(lambda txn: txn.stat()["entries"]) == 0

@@ -363,7 +363,7 @@ def run_program(program: str, *arguments: object) -> subprocess.Popen[str]:
         "from storage_contract import *\n"
     )
     command = [sys.executable, "-c", head + program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -392,6 +392,5 @@ assert len(os.listdir(store.directory / "pipes")) == 1
 store.close()
 """
     process = run_program(program, directory)
-    assert process.wait(30) == 0
-    assert process.stdout is not None
-    process.stdout.close()
+    process.communicate(timeout=30)
+    assert process.returncode == 0

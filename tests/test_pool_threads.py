@@ -47,7 +47,7 @@ def test_one_invocation_wakes_as_many_threads_as_there_is_work_for(opened) -> No
 def test_a_thread_that_is_stuck_is_replaced(opened) -> None:
     pool, store = opened
     pool.invoke([store.jobs.put("stuck", WAIT_FOR_GO)])
-    wait_until(lambda: pool.n_idle() == 1)
+    wait_until(lambda: store.jobs.n_queued() == 0)
     (path,) = (store.jobs.folder / "running").iterdir()
     stuck = path.name.partition("@")[2]
     pool.abandon(stuck)

@@ -21,6 +21,7 @@ from storage_walk import Walk
 
 from wukong.storage import open_store
 from wukong.storage.local import LocalJobStore
+from wukong.storage.local_files import remove_directory, spill_directory
 from wukong.storage.local_rows import StoredRows
 from wukong.storage.memory import MemoryJobStore
 from wukong.storage.state import TABLES
@@ -118,6 +119,9 @@ def test_a_url_names_the_store(tmp_path: Path) -> None:
     assert again.secret == local.secret == local.jobs.secret
     again.jobs.close()
     local.jobs.close()
+    spill = spill_directory(local.jobs.directory)
+    remove_directory(local.jobs.directory)
+    assert not spill.exists()
 
 
 @pytest.mark.parametrize("url", ["", "memory", "local://", "local://host/path", "redis:/x", "/tmp"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,8 @@ from wukong.callbacks import CallbackFeed
 from wukong.errors import JobNotFound, WukongError
 from wukong.executor.core import Policy
 from wukong.executor.messages import JobId
+from wukong.executor.pool import ProcessPool
+from wukong.executor.pool_threads import ThreadPool
 from wukong.executor.wire import Traffic, open_wire
 from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
@@ -27,10 +30,18 @@ from wukong.scheduler.costs import Costs
 from wukong.scheduler.graph import Plan, plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.storage import open_store
-from wukong.storage.local_files import default_directory, remove_directory, remove_stale
+from wukong.storage.local_files import (
+    POOLS,
+    default_directory,
+    remove_directory,
+    remove_stale,
+)
 from wukong.submit import Submission, cut_plan, submit_plan
 
 logger = logging.getLogger(__name__)
+
+CANCEL_S = 5.0
+"""A cluster that is closed waits so long for threads to notice that their jobs are cancelled."""
 
 
 class LocalCluster:
@@ -67,16 +78,17 @@ class LocalCluster:
         self.processes = processes
         self._timeout_s = timeout_s if timeout_s is not None else config.get("job.timeout-s")
         self._silence_s = float(config.get("job.silence-s"))
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._running: set[JobId] = set()
+        """Jobs that some thread waits for."""
         self._last_report: Report | None = None
         self._is_closed = False
         self._own_directory = None
         policy = executor_policy(is_measured=processes)
         self._costs = Costs()
         self._is_cut = bool(config.get("executor.strands"))
-        from wukong.executor.pool import ProcessPool
-
-        self._pool: ProcessPool
+        self._pool: ProcessPool | ThreadPool
         if processes:
             remove_stale()
             if directory is None:
@@ -94,6 +106,7 @@ class LocalCluster:
                 store=self._store,
                 store_options=options,
                 preload=tuple(config.get("local.preload")),
+                folder=Path(self.directory) / POOLS,
             )
         else:
             self.directory = ""
@@ -160,11 +173,17 @@ class LocalCluster:
             log_after_s=float(config.get("job.log-after-s")),
         )
         run = JobRun(submission, self._store, self._pool, policy, on_tasks)
+        with self._changed:
+            self._check_open()
+            self._running.add(submission.job)
         try:
             run.run()
         finally:
-            if run.report is not None:
-                self._last_report = run.report
+            with self._changed:
+                self._running.discard(submission.job)
+                self._changed.notify_all()
+                if run.report is not None:
+                    self._last_report = run.report
         return run
 
     def attach(self, job: str, timeout_s: float | None = None) -> Any:
@@ -206,11 +225,17 @@ class LocalCluster:
     # -------------------------------------------------------------- life
 
     def close(self) -> None:
-        """End the executors, and remove the store if it is the cluster's own. Idempotent."""
-        with self._lock:
+        """End the executors, and remove the store if it is the cluster's own. Idempotent.
+
+        Jobs that other threads wait for are cancelled.
+        """
+        with self._changed:
             if self._is_closed:
                 return
             self._is_closed = True
+            for job in sorted(self._running):
+                self._store.jobs.cancel(job)
+            self._changed.wait_for(lambda: not self._running, CANCEL_S)
         self._pool.close()
         self._store.jobs.close()
         if self._store.blobs is not None:

@@ -9,10 +9,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import sub
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from wukong import trace
 from wukong.errors import (
@@ -263,16 +261,16 @@ class JobRun:
             ),
         )
 
-    def durations(self) -> tuple[list[int], NDArray[np.float64]]:
+    def durations(self) -> tuple[list[int], list[float]]:
         """The tasks that ran (n), and how long each took, in seconds (n)."""
         tasks: list[int] = []
-        seconds: list[NDArray[np.float64]] = [np.zeros(0)]
+        seconds: list[float] = []
         for packed in self._traces:
             record = trace.read(packed)
             tasks += trace.ints(record.tasks)
-            ended = np.frombuffer(record.ended_s, np.float32)
-            seconds.append(np.diff(ended, prepend=np.float32(0)).astype(np.float64))
-        return tasks, np.concatenate(seconds)
+            ended = trace.floats(record.ended_s)
+            seconds += map(sub, ended, [0.0, *ended])
+        return tasks, seconds
 
 
 def resolve(manifest: Manifest, values: dict[int, Any]) -> Any:

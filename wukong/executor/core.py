@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from wukong.executor.messages import (
-    Absorbed,
     AbsorbAnswered,
+    Absorbed,
     Action,
     AskAbsorb,
     AttemptId,
@@ -264,6 +264,11 @@ class ExecutorCore:
         work = self._work
         return None if work is None else (work.job, work.token, work.attempt)
 
+    @property
+    def is_doomed(self) -> bool:
+        """What runs is in vain: its token is spent, or its job is over."""
+        return self._work is not None and self._work.doomed
+
     # -------------------------------------------------------------- from a token to a run
 
     def _begin(self, grant: Grant, now: float) -> list[Action]:
@@ -492,11 +497,16 @@ class ExecutorCore:
         unchanged = Resume(work.part, _limit(work))
         if work.doomed:
             return [Resume(work.part, 0)]
-        if not self.policy.split or overdue.n_idle < 1 or self.is_draining or work.n_deaths:
+        if work.n_deaths:
             return [unchanged]
-        piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
-        if max(piece_of) == 0:
+        if self.is_draining:
+            piece_of = [0] * len(overdue.edges.tasks)  # others go on, with this task too
+        elif not self.policy.split or overdue.n_idle < 1:
             return [unchanged]
+        else:
+            piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
+            if max(piece_of) == 0:
+                return [unchanged]
         self._overdue = True
         work.n_tasks += overdue.n_done
         work.sizes.update(overdue.sizes)

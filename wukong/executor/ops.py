@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
@@ -18,6 +20,52 @@ nothing disappears that the task itself, or anything behind it, reads: whoever i
 """
 
 _Nested: TypeAlias = "Callable[[Sequence[Any]], Any]"
+
+
+@dataclass(slots=True)
+class Running:
+    """A run that is under way, which the heartbeat thread may interrupt, holding the gate."""
+
+    part: Part
+    ops: list[Op]
+    """The operations that this run goes through; what has begun is never given away."""
+    iterator: Iterator[Op]
+    """What has not begun. `list()` of it takes everything at once: the interpreter runs no other
+    thread meanwhile, so each operation is either begun or taken."""
+    looked_at: float
+    """When it was begun, or last interrupted."""
+    n_begun: int = 0
+    """Operations that had begun when it was last interrupted."""
+    is_withheld: bool = False
+    """Nothing more is to begin, since the executor is to end."""
+    gate: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a split is decided; the run takes it when its iterator ends."""
+
+    def interrupt(self) -> bool:
+        """Take what has not begun, until `resume`. Returns: there was something to take."""
+        rest = list(self.iterator)
+        if not self.is_withheld:
+            self.n_begun = len(self.ops) - len(rest)
+        return bool(rest)
+
+    def withhold(self) -> None:
+        """Let nothing more begin; what has begun ends the run."""
+        self.n_begun = len(self.ops) - len(list(self.iterator))
+        self.is_withheld = True
+        self.iterator = iter(())
+
+    def resume(self, part: Part, limit: int) -> None:
+        """Go on with `part`, as far as it has not begun; with none of it if `limit` is 0."""
+        if limit == 0 or self.is_withheld:
+            list(self.iterator)
+            self.iterator = iter(())
+            return
+        if part is not self.part:
+            kept = set(part.tasks)
+            self.ops = [op for op in self.ops if op[0] in kept]
+            self.part = part
+            self.n_begun = 1  # the task that was running meanwhile
+        self.iterator = iter(self.ops[self.n_begun :])
 
 
 def prepare_ops(program: Program, part: Part) -> list[Op]:

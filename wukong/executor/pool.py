@@ -55,6 +55,7 @@ N_FAILURES = 3
 FAILURES_APART_S = 30.0
 """Failures farther apart than this are not in a row."""
 STOPPED = "was stopped by its client"
+STUCK = "is stuck in a task of a job that has ended"
 
 
 class ProcessPool:
@@ -104,8 +105,9 @@ class ProcessPool:
         self._zygote: ZygoteLink | None = None
         self._is_closing = False
         self._failure: str | None = None
-        self._n_failures = 0
-        self._failed_at = 0.0
+        self._n_failures, self._failed_at = 0, 0.0
+        self._fails_late = False
+        """Executors start well, and fail then."""
         self._start_at = 0.0
         """No start before this moment."""
         with contextlib.ExitStack() as undo:
@@ -174,10 +176,13 @@ class ProcessPool:
 
     def kill(self, holder: HolderId) -> None:
         """Kill an executor, with what its tasks started; another one follows. Idempotent."""
+        self._kill(holder, STOPPED)
+
+    def _kill(self, holder: HolderId, cause: str) -> None:
         with self._changed:
             for place in self._seats:
                 if place.holder == holder and self._zygote is not None:
-                    place.cause = STOPPED
+                    place.cause = cause
                     self._zygote.send("kill", holder)
 
     def ready(self, timeout_s: float) -> None:
@@ -282,35 +287,49 @@ class ProcessPool:
                 with self._changed:
                     self._place_of(holder).is_ready = True
                     self._failure = None
+                    if not self._fails_late:
+                        self._n_failures = 0
                     self._changed.notify_all()
+            case ["stuck", str(holder)]:
+                logger.warning("executor %s: %s; another one starts", holder, STUCK)
+                self._kill(HolderId(holder), STUCK)
             case ["failed", "", str(text)]:
                 zygote.failure = text
             case ["failed", str(holder), str(text)]:
                 self._place_of(holder).failure = text
             case ["died", str(holder), int(status)]:
                 place = self._place_of(holder)
+                cause = place.cause or describe_death(status)
+                if place.failure is not None:
+                    cause = f"failed with {place.failure.strip().splitlines()[-1]}"
                 if place.failure is not None or not place.is_ready:
-                    self._failed(place.failure or describe_death(status))
-                has_ended = self._is_closing and status == 0
-                self._bury(place, None if has_ended else place.cause or describe_death(status))
+                    self._failed(place.failure or cause, place.is_ready)
+                self._bury(place, None if self._is_closing and status == 0 else cause)
 
     def _place_of(self, holder: str) -> _Place:
         return next(place for place in self._seats if place.holder == holder)
 
-    def _failed(self, text: str) -> None:
-        """Wait with the next start, and let clients know when this goes on."""
+    def _failed(self, text: str, is_late: bool = False) -> None:
+        """Wait with the next start, and let clients know when none succeeds.
+
+        Args:
+            text: why.
+            is_late: it failed by a defect after it had started.
+        """
         now = time.monotonic()
         with self._changed:
             if now - self._failed_at > FAILURES_APART_S:
-                self._n_failures = 0
+                self._n_failures, self._fails_late = 0, False
             self._failed_at = now
+            self._fails_late |= is_late
             back_off_s = min(BACK_OFF_S * 2**self._n_failures, MAX_BACK_OFF_S)
             self._start_at = now + back_off_s
             self._n_failures += 1
-            if self._n_failures >= N_FAILURES:
+            others_work = any(p.is_ready and p.failure is None for p in self._seats)
+            if self._n_failures >= N_FAILURES and not others_work:
                 self._failure = text
             self._changed.notify_all()
-        logger.warning("an executor did not start, next try in %.2f s: %s", back_off_s, text)
+        logger.warning("an executor failed, the next one starts in %.2f s: %s", back_off_s, text)
 
     def _bury(self, place: _Place, cause: str | None) -> None:
         """Start the next executor, and queue again what this one held.
@@ -352,6 +371,7 @@ class ProcessPool:
 
     def _forget(self) -> None:
         """In a fork of the client: let go of what keeps the executors alive."""
+        self._changed = threading.Condition()  # a thread that is not here may hold the old one
         self._is_closing = True
         if self._zygote is not None:
             self._zygote.forget()

@@ -103,6 +103,7 @@ class ZygoteLink:
         """In a fork of the client: close what would keep the zygote alive after it."""
         self._cut()
         self.control.close()
+        self.process.returncode = 0  # it is not this process's child, to be waited for
 
     def _cut(self) -> None:
         if self._lifeline >= 0:

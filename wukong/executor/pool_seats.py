@@ -122,7 +122,8 @@ class ProcessSeat:
     Args:
         holder: its name in the store.
         number: its seat on the doorbell's board.
-        announce: called once, when it is about to look for its first token.
+        tell: tells the client "ready", once, when it is about to look for its first token; or that
+            it is "stuck".
     """
 
     def __init__(
@@ -131,13 +132,13 @@ class ProcessSeat:
         number: int,
         doorbell: Doorbell,
         lifeline_fd: int,
-        announce: Callable[[], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.holder = holder
         self._number = number
         self._doorbell = doorbell
         self._lifeline_fd = lifeline_fd
-        self._announce = announce
+        self._tell = tell
         self._lock = threading.Lock()
         """Guards the four flags below."""
         self._is_busy = True
@@ -161,7 +162,7 @@ class ProcessSeat:
         """Run tokens until the client is gone or closes the pool."""
         heart = threading.Thread(target=self._beat, args=(executor,), daemon=True)
         heart.start()
-        self._announce()
+        self._tell("ready")
         run_until_drained(executor, self, n_queued)
 
     def rest(self, is_queued: Callable[[], int]) -> bool:
@@ -182,6 +183,10 @@ class ProcessSeat:
         if kick:
             os.eventfd_write(self._kick_fd, 1)
         return True
+
+    def report_stuck(self) -> None:
+        """Have the client kill this executor, and another one started."""
+        self._tell("stuck")
 
     def _beat(self, executor: Runner) -> None:
         """The heartbeat thread: sleeps while the executor idles, and watches the lifeline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -28,6 +29,9 @@ from wukong.storage import Store
 logger = logging.getLogger(__name__)
 
 
+NewExecutor = Callable[[HolderId, Store, Invoker, Policy, Callable[[], None]], Runner]
+
+
 class ThreadPool:
     """A fixed number of executors that are threads of this process. Thread-safe.
 
@@ -48,7 +52,7 @@ class ThreadPool:
         n_workers: int,
         policy: Policy,
         *,
-        new_executor: Callable[[HolderId, Store, Invoker, Policy], Runner] = Executor,
+        new_executor: NewExecutor = Executor,
     ) -> None:
         self._store = store
         self._policy = policy
@@ -154,7 +158,8 @@ class ThreadPool:
     def _start(self) -> None:
         self._n_started += 1
         seat = _ThreadSeat(self, HolderId(f"{self._name}-{self._n_started}"))
-        seat.executor = self._new_executor(seat.holder, self._store, self, self._policy)
+        replace = functools.partial(self.abandon, seat.holder)
+        seat.executor = self._new_executor(seat.holder, self._store, self, self._policy, replace)
         self._seats.append(seat)
         seat.thread = threading.Thread(
             target=self._run, args=(seat,), name=f"wukong-{seat.holder}", daemon=True

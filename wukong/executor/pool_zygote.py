@@ -84,7 +84,7 @@ class Settings:
 def run_executor(seat: ProcessSeat, settings: Settings) -> None:
     """What the processes of a pool do: run the store's tokens."""
     store = open_store(settings.store_url, **settings.store_options)  # type: ignore[arg-type]
-    executor = Executor(seat.holder, store, seat, settings.policy)
+    executor = Executor(seat.holder, store, seat, settings.policy, seat.report_stuck)
     seat.serve(executor, store.jobs.n_queued)
     store.jobs.close()
 
@@ -209,12 +209,14 @@ class Zygote:
 
     def _bury(self) -> None:
         while self._holders:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead is None:
                 return
-            holder = self._holders.pop(pid, None)
-            if holder is not None:
-                _send(self._control, "died", holder, os.waitstatus_to_exitcode(status))
+            # While it is not waited for, its pid is nobody else's, and neither is its group.
+            _kill(dead.si_pid)
+            _, status = os.waitpid(dead.si_pid, 0)
+            holder = self._holders.pop(dead.si_pid)
+            _send(self._control, "died", holder, os.waitstatus_to_exitcode(status))
 
     def _live(self, holder: HolderId, number: int, parent: int) -> NoReturn:
         """The life of an executor, after the fork."""
@@ -240,7 +242,7 @@ class Zygote:
                 number,
                 doorbell,
                 settings.lifeline_fd,
-                lambda: _send(self._control, "ready", holder),
+                lambda message: _send(self._control, message, holder),
             )
             self._entry(seat, settings)
             status = 0
@@ -276,7 +278,7 @@ def _seed() -> None:
 
 
 def _kill(pid: int) -> None:
-    """Kill a child that has not been waited for, and what its tasks have started."""
+    """Kill a child that has not been waited for, and what its tasks have started and left."""
     for kill in (os.killpg, os.kill):
         # It may not have got its group yet; it is a zombie at worst, never somebody else.
         with contextlib.suppress(ProcessLookupError):

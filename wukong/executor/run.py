@@ -10,12 +10,13 @@ There is no policy here: what to do next is the core's to say. The one loop over
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from wukong import trace
@@ -65,10 +66,10 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.executor.ops import Op, prepare_ops, reads_of
+from wukong.executor.ops import Op, Running, prepare_ops, reads_of
+from wukong.executor.recorder import Recorder
 from wukong.executor.serialize_failures import Failure, Raised
 from wukong.executor.serialize_programs import Program
-from wukong.executor.recorder import Recorder
 from wukong.executor.wire import (
     Error,
     PutRequest,
@@ -83,6 +84,10 @@ from wukong.storage import Store
 SPLIT_AFTER_S = 0.1
 """A run is looked at this often, by the heartbeat thread, while other executors idle: long against
 what a split costs (a few ms), short against what people notice."""
+STUCK_AFTER_S = 2.0
+"""A task that goes on this long after its job has ended is stuck, as far as others can tell."""
+HAND_OVER_AFTER_S = 2.0
+"""An executor that is to end waits so long for the current task; then others shall run it again."""
 PROGRAMS_KEPT = 16
 """Programs that an executor keeps; pieces of a strand, and its further attempts, share one."""
 
@@ -103,24 +108,6 @@ class Invoker(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Running:
-    """A run that is under way, which the heartbeat thread may interrupt."""
-
-    part: Part
-    ops: list[Op]
-    """The operations that this run goes through; what has begun is never given away."""
-    iterator: Iterator[Op]
-    """What has not begun. `list()` of it takes everything at once: the interpreter runs no other
-    thread meanwhile, so each operation is either begun or taken."""
-    n_begun: int
-    """Operations that had begun when it was last interrupted."""
-    looked_at: float
-    """When it was begun, or last interrupted."""
-    gate: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a split is decided; the run takes it when its iterator ends."""
-
-
 class Executor:
     """Runs tokens, one at a time; one for each thread or process.
 
@@ -129,15 +116,27 @@ class Executor:
         store: where its tokens are.
         invoker: how it has others started.
         policy: the core's.
+        on_stuck: called, in the heartbeat thread, when a task goes on although nobody waits for it
+            any more; somebody should take this executor's place.
     """
 
-    def __init__(self, holder: HolderId, store: Store, invoker: Invoker, policy: Policy) -> None:
+    def __init__(
+        self,
+        holder: HolderId,
+        store: Store,
+        invoker: Invoker,
+        policy: Policy,
+        on_stuck: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._jobs = store.jobs
         self._invoker = invoker
         self._holder = holder
         self._core = ExecutorCore(holder, policy, new_attempt)
         self._policy = policy
+        self._on_stuck = on_stuck
+        self._doomed_at: float | None = None
+        self._drained_at = math.inf
         self._lock = threading.Lock()
         """Guards the core: the run's thread and the heartbeat thread both step it."""
         self._traffic = Traffic()
@@ -147,7 +146,7 @@ class Executor:
         self._values: dict[int, Any] = {}
         self._failed: set[int] = set()
         """Tasks whose value is an error."""
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._record = Recorder(holder, shares_client=store.blobs is None)
         self._record_sent: tuple[SendCommit, trace.RunRecord] | None = None
         self._program: Program | None = None
@@ -188,14 +187,30 @@ class Executor:
         running = self._running
         if running is None:
             return self._policy.heartbeat_s
-        if self._policy.split and now - running.looked_at >= SPLIT_AFTER_S:
-            if self._invoker.n_idle() > 0:
-                self._split(running)
+        self._look_if_stuck(now)
+        is_due = now - running.looked_at >= SPLIT_AFTER_S and not self._core.is_doomed
+        is_wanted = self._policy.split and self._invoker.n_idle() > 0
+        if is_due and (is_wanted or now - self._drained_at >= HAND_OVER_AFTER_S):
+            self._split(running)
         return SPLIT_AFTER_S
 
+    def _look_if_stuck(self, now: float) -> None:
+        if not self._core.is_doomed:
+            self._doomed_at = None
+        elif self._doomed_at is None:
+            self._doomed_at = now
+        elif now - self._doomed_at >= STUCK_AFTER_S:
+            self._doomed_at = math.inf  # it is said once
+            self._on_stuck()
+
     def drain(self) -> None:
-        """Commit the current strand, and become and take nothing more."""
+        """Commit what is done when the current task ends, and become and take nothing more."""
         self._core.is_draining = True
+        self._drained_at = time.monotonic()
+        running = self._running
+        if running is not None:
+            with running.gate:
+                running.withhold()
 
     @property
     def held(self) -> tuple[JobId, TokenId, AttemptId] | None:
@@ -244,7 +259,8 @@ class Executor:
             case Condemn():
                 return self._condemn(action)
             case Resume(part, limit):
-                self._resume(part, limit)
+                if self._running is not None:
+                    self._running.resume(part, limit)
             case PutValues():
                 return self._put(action)
             case SendCommit(commit):
@@ -324,7 +340,7 @@ class Executor:
         self._values.update(program.literals)
         ops = prepare_ops(program, part)[:limit]
         iterator = iter(ops)
-        running = _Running(part, ops, iterator, 0, time.monotonic())
+        running = Running(part, ops, iterator, time.monotonic())
         self._record.fetched()
         self._running = running
         while True:
@@ -336,7 +352,7 @@ class Executor:
                 iterator = running.iterator
         return self._ran(running, program, error)
 
-    def _ran(self, running: _Running, program: Program, error: Error | None) -> Ran:
+    def _ran(self, running: Running, program: Program, error: Error | None) -> Ran:
         part = running.part
         n_done = self._record.ran(part.tasks)
         if error is not None:
@@ -426,16 +442,15 @@ class Executor:
 
     # -------------------------------------------------------------- splitting a run
 
-    def _split(self, running: _Running) -> None:
+    def _split(self, running: Running) -> None:
         """Take what has not begun, and do with it what the core says. (Heartbeat thread.)"""
         with running.gate:
             if self._running is not running:
                 return
-            rest = list(running.iterator)
-            running.n_begun = len(running.ops) - len(rest)
             running.looked_at = time.monotonic()
-            if not rest or not running.n_begun:
-                running.iterator = iter(rest)
+            has_rest = running.interrupt() or self._core.is_draining
+            if not has_rest or not running.n_begun:
+                running.resume(running.part, len(running.part.tasks))
                 return
             part, n_done = running.part, running.n_begun - 1
             edges = reads_of(running.ops[n_done:])
@@ -446,22 +461,6 @@ class Executor:
             self._drive(actions, lambda: self._core.phase is Phase.RUNNING)
             if running.part is part:
                 self._record.reopen(n_done)
-
-    def _resume(self, part: Part, limit: int) -> None:
-        """Let the run that was interrupted go on with `part`; with none of it if limit is 0."""
-        running = self._running
-        if running is None:
-            return
-        if limit == 0:
-            list(running.iterator)  # takes what has not begun
-            running.iterator = iter(())
-            return
-        if part is not running.part:
-            kept = set(part.tasks)
-            running.ops = [op for op in running.ops if op[0] in kept]
-            running.part = part
-            running.n_begun = 1  # the task that was running meanwhile
-        running.iterator = iter(running.ops[running.n_begun :])
 
     # -------------------------------------------------------------- outputs
 

@@ -27,6 +27,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
@@ -66,12 +67,18 @@ def hkdf_sha256(secret: bytes, salt: bytes, info: bytes, size_bytes: int) -> byt
 
     Source: RFC 5869, with SHA-256.
     """
-    extracted = hmac.digest(salt or bytes(32), secret, "sha256")
+    extracted = _hkdf_extract(salt, secret)
     block, derived = b"", b""
     for counter in range(1, -(-size_bytes // 32) + 1):
         block = hmac.digest(extracted, block + info + bytes([counter]), "sha256")
         derived += block
     return derived[:size_bytes]
+
+
+@lru_cache(maxsize=16)
+def _hkdf_extract(salt: bytes, secret: bytes) -> bytes:
+    """The first half of RFC 5869, which is the same for all jobs of a deployment."""
+    return hmac.digest(salt or bytes(32), secret, "sha256")
 
 
 def derive_key(secret: bytes, job_id: str) -> bytes:

@@ -8,6 +8,7 @@ anybody, like any other strand.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -168,12 +169,15 @@ def _share(
 def _recount(
     inputs: Iterable[ExportId], reads: Sequence[Mapping[ExportId, set[int]]]
 ) -> tuple[tuple[ExportId, ...], tuple[tuple[ExportId, int], ...]]:
-    """One consumer, the strand, becomes as many as there are pieces that read the input."""
-    consumed, retained = [], []
-    for export in inputs:
-        n_readers = sum(export in piece for piece in reads)
-        if n_readers == 0:
-            consumed.append(export)
-        elif n_readers > 1:
-            retained.append((export, n_readers - 1))
+    """The strand's consumptions of an input become one for each piece that reads it.
+
+    An input is there more than once when the strand and one that it absorbed read it.
+    """
+    consumed: list[ExportId] = []
+    retained: list[tuple[ExportId, int]] = []
+    for export, n_before in Counter(inputs).items():
+        n_more = sum(export in piece for piece in reads) - n_before
+        consumed.extend([export] * -n_more)
+        if n_more > 0:
+            retained.append((export, n_more))
     return tuple(consumed), tuple(retained)

@@ -47,21 +47,23 @@ class Costs:
         seconds = {head: mean if s is None else s for head, s in known.items()}
         return np.fromiter(map(seconds.__getitem__, heads), np.float64, len(heads))
 
-    def learn(self, calls: Sequence[Call], seconds: NDArray[np.float64]) -> None:
+    def learn(self, calls: Sequence[Call], seconds: Sequence[float]) -> None:
         """Remember how long tasks took.
 
         Args:
             calls: of the tasks that ran (n).
             seconds: of each of them (n).
         """
+        spent: dict[int, float] = {}
+        counts: dict[int, int] = {}
         heads = [id(call[0]) for call in calls]
+        for head, took_s in zip(heads, seconds, strict=True):
+            spent[head] = spent.get(head, 0.0) + took_s
+            counts[head] = counts.get(head, 0) + 1
         distinct = dict(zip(heads, calls, strict=True))
-        number = {head: i for i, head in enumerate(distinct)}
-        place = np.fromiter(map(number.__getitem__, heads), np.intp, len(heads))
-        counts = np.bincount(place, minlength=len(distinct))
-        means = np.bincount(place, weights=seconds, minlength=len(distinct)) / counts
         with self._lock:
-            for (_, call), mean in zip(distinct.items(), means.tolist(), strict=True):
+            for head, call in distinct.items():
+                mean = spent[head] / counts[head]
                 name = _name(call[0])
                 before = self._seconds.pop(name, mean)
                 self._seconds[name] = NEW_WEIGHT * mean + (1 - NEW_WEIGHT) * before

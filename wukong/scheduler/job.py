@@ -271,7 +271,10 @@ class JobCore:
             return self._store_down(now)
         self._failing_since = None
         match event:
-            case Created(invocations) | Swept(invocations) | Relaunched(invocations):
+            case Swept(invocations):
+                # Also when there are none: executors that cannot start are an error then.
+                return [InvokeTokens(invocations), *self._watch(now)]
+            case Created(invocations) | Relaunched(invocations):
                 invoke: list[JobAction] = [InvokeTokens(invocations)] if invocations else []
                 return [*invoke, *self._watch(now)]
             case Watched(view):

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -179,8 +179,3 @@ def _check_end(world: World, store: SimStore) -> None:
         attempt = blob.split("/")[1]
         if attempt not in world.excused and blob not in world.excused_blobs:
             raise Violation(f"blob {blob} is left, and its attempt {attempt} has not died")
-
-
-def without_faults(setting: Setting) -> Setting:
-    """The same world in fine weather."""
-    return replace(setting, faults=Faults())

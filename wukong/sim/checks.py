@@ -77,7 +77,13 @@ class Checker:
         blobs: Mapping[BlobId, tuple[Value, ...]],
         lost: Collection[BlobId],
     ) -> None:
-        """A commit was applied; `tables` are the rows after it, `lost` are blobs taken by faults."""
+        """A commit was applied.
+
+        Args:
+            made: the tasks that its work has done.
+            tables: the rows after it.
+            lost: blobs that faults have taken away.
+        """
         if request.failed is not None:
             return
         if len(made) != request.n_tasks:
@@ -163,13 +169,14 @@ class Checker:
     # -------------------------------------------------------------- what is in the rows
 
     def check_rows(self, tables: Tables) -> None:
-        """Live tokens and waiting strands are exactly the remaining work, and counters are right."""
+        """Live tokens and waiting strands are exactly the remaining work; counters are right."""
         job = tables["j"].get("")
         if job is None or job.status in (Status.FAILED, Status.CANCELLED):
             return
         if job.lost or job.status is Status.DONE:
             if tables["t"] or tables["w"]:
-                raise Violation(f"the job is {job.status.name}, and work is left")
+                left = [*tables["t"], *tables["w"]]
+                raise Violation(f"the job is {job.status.name}, and work is left: {left}")
             return
         exports: Mapping[str, ExportRow] = tables["e"]
         complete = {e for e, row in exports.items() if row.n_left == 0}
@@ -204,7 +211,9 @@ class Checker:
         wanted = {export for export, _ in self._part(row).inputs}
         n_missing = len(wanted - complete)
         if row.n_missing != n_missing or n_missing == 0:
-            raise Violation(f"strand {key} misses {n_missing} exports; its row says {row.n_missing}")
+            raise Violation(
+                f"strand {key} misses {n_missing} exports; its row says {row.n_missing}"
+            )
         expected = wanted & complete if row.part is None else wanted
         if set(row.inputs) != expected or len(row.inputs) != len(expected):
             raise Violation(f"strand {key} has {row.inputs}, not {sorted(expected)}")

@@ -157,10 +157,10 @@ class SimClient:
                 self._ask(lambda: store.mark_lost(exports), Watched)
             case ListRecorded():
                 self._ask(store.recorded, Recorded)
-            case RelaunchJob(request):
-                self._ask(lambda: store.relaunch(request), Relaunched)
+            case RelaunchJob(relaunch):
+                self._ask(lambda: store.relaunch(relaunch), Relaunched)
             case Collect():
-                self._ask(store.results, self._collected)
+                self._ask(store.collect, self._collected)
             case CancelJob():
                 raise Violation("nobody has asked to cancel the job")
             case LogWaiting():
@@ -171,7 +171,10 @@ class SimClient:
     def _ask(
         self, effect: Callable[[], T], to_event: Callable[[T], JobEvent], may_be_late: bool = True
     ) -> None:
-        reply = self._alive(lambda result: self._hand(to_event(result)))
+        def answered(result: T) -> None:
+            self._hand(to_event(result))
+
+        reply = self._alive(answered)
         failure = self._alive(lambda _: self._hand(StoreDown()))
         self._store.call(
             effect, lambda _, result: reply(result), lambda: failure(None), may_be_late=may_be_late
@@ -196,8 +199,11 @@ class SimClient:
         self._store.watch(version, self._alive(tell))
         self._world.after(timeout_s, self._alive(look), None)
 
-    def _collected(self, results: tuple[Located, ...]) -> JobEvent:
-        """Read the results' blobs."""
+    def _collected(self, answer: tuple[tuple[Located, ...], Status]) -> JobEvent:
+        """Read the results' blobs; of a failed job only the error is wanted."""
+        results, status = answer
+        if status is Status.FAILED:
+            return Collected(results)
         values: dict[int, Value] = {}
         unreadable: list[ExportId] = []
         for export, entries in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -28,7 +29,7 @@ class Dag:
     def reads(self) -> list[tuple[int, ...]]:
         """For each task the tasks that it reads."""
         ends, inputs = self.inputs_ptr.tolist(), self.inputs.tolist()
-        return [tuple(inputs[a:b]) for a, b in zip(ends, ends[1:])]
+        return [tuple(inputs[a:b]) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ class Faults:
         return self.until_s == 0.0
 
 
+NO_FAULTS = Faults()
+
+
 def draw_faults(rng: Random, horizon_s: float, severity: float) -> Faults:
     """Draw kinds and probabilities of faults.
 
@@ -67,7 +70,7 @@ def draw_faults(rng: Random, horizon_s: float, severity: float) -> Faults:
         return tuple(sorted(rng.uniform(0.0, horizon_s * 1.5) for _ in range(n)))
 
     def spells(most: int, longest_s: float) -> tuple[tuple[float, float], ...]:
-        begun = moments(most)
+        begun = [a for a in moments(most) if a < until_s]
         return tuple((a, min(a + rng.uniform(0.1, longest_s), until_s)) for a in begun)
 
     failovers = moments(3) if rng.random() < 0.5 else ()

@@ -1,4 +1,4 @@
-"""From a seed to a random job in a random world, and a run of it. Everything comes from the seed."""
+"""From a seed to a random job in a random world, and a run of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from wukong.executor.core import Policy
 from wukong.sim import Setting, SimReport, Violation, cut_parts, run_world
 from wukong.sim.dags import SHAPES, Costs, Dag, random_costs
-from wukong.sim.faults import Faults, draw_faults
+from wukong.sim.faults import NO_FAULTS, Faults, draw_faults
 from wukong.sim.services import AWS_LAMBDA, LOCAL_POOL
 
 CALM_EVERY = 4
@@ -33,7 +33,7 @@ def draw_setting(seed: int) -> Setting:
     costs = random_costs(dag, rng)
     parts = cut_parts(dag, costs, n_executors, rng.choice((0.3, 1.0, 4.0, 4.0, 12.0)))
     serial_s = sum(costs.durations_s)
-    faults = Faults()
+    faults = NO_FAULTS
     if not is_calm:
         faults = draw_faults(rng, 1.0 + serial_s / n_executors, rng.random())
         costs = _with_bad_tasks(dag, costs, rng)

@@ -8,8 +8,8 @@ Sources:
   of a Python function with numpy are ten times that.
 - ElastiCache: a round trip inside an availability zone is below 1 ms ("Performance at scale with
   Amazon ElastiCache", AWS white paper).
-- S3: docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html: 100-200 ms for small
-  objects and 85-90 MB/s for one connection.
+- S3: docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html: 100-200 ms for
+  small objects and 85-90 MB/s for one connection.
 - Local: two processes on Linux, one LMDB transaction, shared memory.
 """
 

@@ -46,11 +46,15 @@ T = TypeVar("T")
 TIMEOUT_S = 1.0
 """A request without an answer is given up after this time."""
 
-_FIELDS = {
+_FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     table.row: attrgetter(*names)
     for table in state.TABLES
     if len(names := tuple(table.row.__dataclass_fields__)) > 1
 }
+
+
+def _unheard(effect: Callable[[], object]) -> None:
+    effect()
 
 
 def _copied(row: R) -> R:
@@ -157,7 +161,7 @@ class SimStore:
             world.after(TIMEOUT_S, on_failure)
             return
         if may_be_late and world.hits(faults.late):
-            world.after(TIMEOUT_S * world.rng.uniform(1.0, 5.0), effect)
+            world.after(TIMEOUT_S * world.rng.uniform(1.0, 5.0), _unheard, effect)
             world.after(TIMEOUT_S, on_failure)
             return
 
@@ -182,9 +186,7 @@ class SimStore:
             self.world.after(0.0, on_failure)
             return
         lag_s = self.world.setting.faults.lag_s if self._is_replicated else 0.0
-        self.world.after(
-            lag_s * 1.001, lambda: on_reply() if epoch == self.epoch else on_failure()
-        )
+        self.world.after(lag_s * 1.001, lambda: on_reply() if epoch == self.epoch else on_failure())
 
     def _is_out(self) -> bool:
         now = self.world.now
@@ -194,9 +196,7 @@ class SimStore:
 
     def create(self, request: Create) -> tuple[Invocation, ...]:
         """See `JobStore.create`."""
-        invocations = state.create(
-            self.rows, request, self.world.setting.silence_s, self.world.now
-        )
+        invocations = state.create(self.rows, request, self.world.setting.silence_s, self.world.now)
         self._changed()
         return invocations
 
@@ -226,9 +226,7 @@ class SimStore:
 
     def absorb(self, request: AskAbsorb) -> Absorbed | Refused:
         """See `JobStore.absorb`."""
-        return state.absorb(
-            self.rows, request.token, request.attempt, request.feed, request.n_held
-        )
+        return state.absorb(self.rows, request.token, request.attempt, request.feed, request.n_held)
 
     def commit(self, request: Commit, made: Mapping[int, Value]) -> Receipt | Refused:
         """See `JobStore.commit`.
@@ -277,19 +275,19 @@ class SimStore:
 
     def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
         """See `JobStore.relaunch`."""
-        job = self.rows.tables["j"].get(state.THE_JOB)
+        before = self._generation()
         invocations = state.relaunch(self.rows, request, self.world.now)
-        after = self.rows.tables["j"].get(state.THE_JOB)
-        if job is not None and after.generation != job.generation:
+        if self._generation() != before:
             self.world.counts["relaunches"] += 1
             if self.world.checker is not None:
                 self.world.checker.relaunched(request, self.rows.tables)
         self._changed()
         return invocations
 
-    def results(self) -> tuple[Located, ...]:
-        """See `JobStore.results`."""
-        return state.results(self.rows)
+    def collect(self) -> tuple[tuple[Located, ...], Status]:
+        """See `JobStore.collect`; with the job's status, and without traces."""
+        job = self.rows.tables["j"].get(state.THE_JOB)
+        return state.results(self.rows), Status.RUNNING if job is None else job.status
 
     def view(self) -> JobView | None:
         """See `JobStore.view`."""
@@ -321,6 +319,10 @@ class SimStore:
                 delay_s = self.world.latency_s(self.world.setting.platform.store_s / 2)
                 self.world.after(delay_s, tell, state.view(self.rows))
         self._watchers = waiting
+
+    def _generation(self) -> int:
+        job = self.rows.tables["j"].get(state.THE_JOB)
+        return -1 if job is None else int(job.generation)
 
     def _version(self) -> int:
         job = self.rows.tables["j"].get(state.THE_JOB)
@@ -404,11 +406,7 @@ class SimStore:
     def is_live(self, token: TokenId) -> bool:
         """Say whether the work under a token is still wanted."""
         job = self.rows.tables["j"].get(state.THE_JOB)
-        return (
-            job is not None
-            and job.status is Status.RUNNING
-            and token in self.rows.tables["t"]
-        )
+        return job is not None and job.status is Status.RUNNING and token in self.rows.tables["t"]
 
     def _check_lost(self, blob: BlobId) -> None:
         if blob not in self._lost:

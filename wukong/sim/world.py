@@ -12,7 +12,7 @@ from wukong.executor.core import Policy
 from wukong.executor.messages import AttemptId, BlobId, JobId, Part
 from wukong.sim.checks import Checker
 from wukong.sim.dags import Costs
-from wukong.sim.faults import Faults
+from wukong.sim.faults import NO_FAULTS, Faults
 from wukong.sim.services import Platform
 
 JOB = JobId("job")
@@ -31,7 +31,7 @@ class Setting:
     platform: Platform
     n_executors: int
     policy: Policy
-    faults: Faults = Faults()
+    faults: Faults = NO_FAULTS
     silence_s: float = 10.0
     """A running token without heartbeat for this long counts as dead."""
     split_after_s: float = 0.1

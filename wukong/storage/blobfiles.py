@@ -106,15 +106,10 @@ class BlobFiles:
 
     def delete_job(self, job: str) -> None:
         """Delete all blobs of a job, and its folders; none there is no error."""
-        in_memory, on_disk = _path(self._root, job), _path(self._spill, job)
-        self._usage.add(
-            -sum(_unlink(f"{in_memory}/{name}") for name in _names(in_memory)),
-            -sum(_unlink(f"{on_disk}/{name}") for name in _names(on_disk)),
-        )
-        for folder in (in_memory, on_disk):
-            # A put that comes late may have added a blob meanwhile; then the folder stays.
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+        in_memory = _remove_folder(_path(self._root, job))
+        on_disk = _remove_folder(_path(self._spill, job))
+        if in_memory or on_disk:
+            self._usage.add(-in_memory, -on_disk)
 
     def list(self, job: str) -> list[str]:
         """Return the ids of a job's blobs, sorted."""
@@ -272,6 +267,17 @@ def _unlink(path: str) -> int:
         os.unlink(path)
     except FileNotFoundError:
         return 0
+    return size_bytes
+
+
+def _remove_folder(folder: str) -> int:
+    """Delete a folder of files; return their size. Most jobs have none: that takes one call."""
+    if not os.path.isdir(folder):
+        return 0
+    size_bytes = sum(_unlink(f"{folder}/{name}") for name in _names(folder))
+    # A put that comes late may have added a blob meanwhile; then the folder stays.
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
     return size_bytes
 
 

@@ -186,7 +186,11 @@ class LocalJobStore(QueueStore):
         return self._look(job, state.recorded)
 
     def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
-        return self._change(request.job, lambda rows: state.relaunch(rows, request, self._clock()))
+        return self._change(
+            request.job,
+            lambda rows: state.relaunch(rows, request, self._clock()),
+            rewrites_all=True,
+        )
 
     # -------------------------------------------------------------- clients
 
@@ -235,10 +239,10 @@ class LocalJobStore(QueueStore):
         return self._look(job, state.manifest)
 
     def cancel(self, job: JobId) -> bool:
-        return self._change(job, state.cancel)
+        return self._change(job, state.cancel, rewrites_all=True)
 
     def forget(self, job: JobId) -> None:
-        self._change(job, StoredRows.delete_all)
+        self._change(job, StoredRows.delete_all, rewrites_all=True)
 
     def jobs(self) -> tuple[JobId, ...]:
         return self._environment.read(lambda txn: tuple(_jobs(txn)))
@@ -260,7 +264,11 @@ class LocalJobStore(QueueStore):
         )
 
     def _change(
-        self, job: JobId, operation: Callable[[StoredRows], T], n_expected_bytes: int = 0
+        self,
+        job: JobId,
+        operation: Callable[[StoredRows], T],
+        n_expected_bytes: int = 0,
+        rewrites_all: bool = False,
     ) -> T:
         """Change a job, wholly or not at all, and wake whom it concerns."""
         to_wake: list[str] = []
@@ -271,7 +279,7 @@ class LocalJobStore(QueueStore):
             to_wake.extend(rows.to_wake())
             return reply, rows.n_dirty_bytes
 
-        reply = self._environment.write(transaction, n_expected_bytes)
+        reply = self._environment.write(transaction, n_expected_bytes, rewrites_all)
         if to_wake:
             self._wake(job, to_wake)
         return reply
@@ -300,9 +308,7 @@ class _Pipes:
     def default(self) -> str:
         """The name of the pipe that is lent first."""
         with self._lock:
-            if not self._pipes:
-                self._pipes.append(Pipe(self._directory))
-            return self._pipes[0].name
+            return (self._pipes[0] if self._pipes else self._new()).name
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Pipe]:
@@ -312,8 +318,7 @@ class _Pipes:
                 raise StoreUnavailable(f"{self._directory}: this store object has been closed")
             pipe = next((p for p in self._pipes if p not in self._lent), None)
             if pipe is None:
-                pipe = Pipe(self._directory)
-                self._pipes.append(pipe)
+                pipe = self._new()
             self._lent.add(pipe)
         try:
             yield pipe
@@ -322,6 +327,14 @@ class _Pipes:
                 self._lent.discard(pipe)
                 if self._closed.is_set():
                     pipe.close()
+
+    def _new(self) -> Pipe:
+        try:
+            pipe = Pipe(self._directory)
+        except OSError as error:
+            raise StoreUnavailable(f"{self._directory}: no pipe to wait on: {error}") from error
+        self._pipes.append(pipe)
+        return pipe
 
     def close(self) -> None:
         """Close the free pipes and wake those who wait on the others, which then are closed too."""

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import lmdb
 
-from wukong.errors import CorruptBlob, InternalError, StoreUnavailable
+from wukong.errors import CorruptBlob, InternalError, StoreUnavailable, WukongError
 from wukong.storage import local_files
 from wukong.storage.local_peers import FREE, HOLDS, WANTS, WriterMark, kill_stopped_holders, sweep
 
@@ -30,7 +30,7 @@ MAP_BYTES = 1 << 34
 MAX_READERS = 1024
 """Read transactions at a time, of all processes; 64 bytes each."""
 ROOM_BYTES = 8 << 20
-"""What one operation may write, besides a copy of all that is there and what it brings along."""
+"""What one operation may write, besides what it brings along; one may also rewrite all there is."""
 LOOK_BYTES = 128 << 10
 """This process writes so much between two looks at the room; the others do so too."""
 STUCK_LOOK_S = 0.5
@@ -63,23 +63,13 @@ class Environment:
         self._room_bytes = 0
         self._n_unseen_bytes = 0
         self._refusal = ""
-        local_files.prepare_directory(directory)
-        with contextlib.ExitStack() as undo:
-            self._alive_fd = local_files.hold_alive(directory)
-            undo.callback(os.close, self._alive_fd)
-            self.secret = local_files.secret_of(directory)
-            sweep(directory)
-            self._mark = WriterMark(directory)
-            undo.callback(self._mark.close)
-            try:
-                self._env = _opened(directory)
-                undo.callback(self._env.close)
-                self._make_room(0)
-                self.rows = self._env.open_db(b"rows")
-                self.queue = self._env.open_db(b"queue")
-            except lmdb.Error as error:
-                raise self._translated(error) from error
-            undo.pop_all()
+        self._default_db: lmdb._Database | None = None
+        try:
+            self._open()
+        except WukongError:
+            raise
+        except OSError as error:
+            raise StoreUnavailable(f"{directory}: cannot hold a job store: {error}") from error
 
     def read(self, operation: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         """Run an operation on a snapshot; it waits for nobody."""
@@ -94,19 +84,21 @@ class Environment:
         self,
         operation: Callable[[lmdb.Transaction[bytes]], tuple[T, int]],
         n_expected_bytes: int = 0,
+        rewrites_all: bool = False,
     ) -> T:
         """Run an operation as the only writer; it takes effect wholly, on return, or not at all.
 
         Args:
             operation: returns its result and how many bytes it has written at most.
             n_expected_bytes: what it brings along, when that is much.
+            rewrites_all: it may touch every row of a job, so that all that is there is copied.
         Raises:
             StoreUnavailable: the store is full.
         """
         with self._turn:
             self._check_usable()
-            if self._n_unseen_bytes >= LOOK_BYTES or n_expected_bytes:
-                self._make_room(n_expected_bytes)
+            if self._n_unseen_bytes >= LOOK_BYTES or n_expected_bytes or rewrites_all:
+                self._make_room(n_expected_bytes, rewrites_all)
             if self._watchdog is None:
                 self._watchdog = _Watchdog(self)
             watchdog = self._watchdog
@@ -115,7 +107,7 @@ class Environment:
             watchdog.n_begun += 1
             watchdog.busy = True
             try:
-                with self._env.begin(db=self.rows, write=True) as txn:
+                with self._env.begin(db=self._default_db, write=True) as txn:
                     mark[0] = HOLDS
                     result, n_bytes = operation(txn)
                 self._n_unseen_bytes += n_bytes
@@ -143,12 +135,10 @@ class Environment:
         """Let go of everything; from `close_environment` only."""
         with self._turn:
             self._refusal = "it has been closed"
-            watchdog, self._watchdog = self._watchdog, None
             self._mark.close()
             self._env.close()
             os.close(self._alive_fd)
-        if watchdog is not None:
-            watchdog.end()
+        self._end_watchdog()
 
     def abandon(self) -> None:
         """In a forked child: never use or close what belongs to the parent."""
@@ -157,6 +147,36 @@ class Environment:
         os.close(self._alive_fd)
         # A thread of the parent may have held it when the process was forked.
         self._turn = threading.Lock()
+
+    def _open(self) -> None:
+        """Take hold of the directory, or leave nothing of this process in it."""
+        directory = self.directory
+        local_files.prepare_directory(directory)
+        with contextlib.ExitStack() as undo:
+            self._alive_fd = local_files.hold_alive(directory)
+            undo.callback(os.close, self._alive_fd)
+            self.secret = local_files.secret_of(directory)
+            sweep(directory)
+            self._mark = WriterMark(directory)
+            undo.callback(self._mark.close)
+            try:
+                self._env = _opened(directory)
+                undo.callback(self._env.close)
+                self._make_room()
+            except lmdb.Error as error:
+                raise self._translated(error) from error
+            undo.callback(self._end_watchdog)
+            # By `write`, since another process may have been stopped inside a transaction.
+            self.rows, self.queue = self.write(
+                lambda txn: ((self._env.open_db(b"rows", txn), self._env.open_db(b"queue", txn)), 0)
+            )
+            self._default_db = self.rows
+            undo.pop_all()
+
+    def _end_watchdog(self) -> None:
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            watchdog.end()
 
     def _check_usable(self) -> None:
         if self._refusal:
@@ -169,28 +189,36 @@ class Environment:
             self._env.reader_check()
             return self._env.begin(db=self.rows)
 
-    def _make_room(self, n_expected_bytes: int) -> None:
+    def _make_room(self, n_expected_bytes: int = 0, rewrites_all: bool = False) -> None:
         """Have the file system provide the pages that the next operations may write."""
-        info, page_bytes = self._env.info(), self._env.stat()["psize"]
-        used_bytes = (info["last_pgno"] + 1) * page_bytes
-        wanted_bytes = min(2 * used_bytes + 2 * n_expected_bytes + ROOM_BYTES, MAP_BYTES)
-        if self._room_bytes < wanted_bytes:
+        used_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        needed_bytes = used_bytes + rewrites_all * used_bytes + 2 * n_expected_bytes + ROOM_BYTES
+        if self._room_bytes < min(needed_bytes, MAP_BYTES):
             # Snapshots of dead processes are a reason to grow that can be removed.
             self._env.reader_check()
-            room_bytes = min(wanted_bytes + ROOM_BYTES, MAP_BYTES)
             try:
-                # The file is LMDB's, but its locks are on lock.mdb: this one may be closed again.
-                fd = os.open(self.directory / "data.mdb", os.O_RDWR)
-                try:
-                    os.posix_fallocate(fd, 0, room_bytes)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                raise StoreUnavailable(
-                    f"{self.directory}: no room for {room_bytes} bytes of job rows: {error}"
-                ) from error
-            self._room_bytes = room_bytes
+                self._allocate(needed_bytes + max(used_bytes, ROOM_BYTES))
+            except OSError:
+                self._allocate_or_refuse(needed_bytes)
         self._n_unseen_bytes = 0
+
+    def _allocate_or_refuse(self, n_bytes: int) -> None:
+        try:
+            self._allocate(n_bytes)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{self.directory}: no room for {n_bytes} bytes of job rows: {error}"
+            ) from error
+
+    def _allocate(self, n_bytes: int) -> None:
+        room_bytes = min(n_bytes, MAP_BYTES)
+        # The file is LMDB's, but its locks are on lock.mdb: this one may be closed again.
+        fd = os.open(self.directory / "data.mdb", os.O_RDWR)
+        try:
+            os.posix_fallocate(fd, 0, room_bytes)
+        finally:
+            os.close(fd)
+        self._room_bytes = room_bytes
 
     def _translated(self, error: lmdb.Error) -> Exception:
         if isinstance(error, lmdb.MapFullError | lmdb.TxnFullError):

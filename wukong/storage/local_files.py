@@ -9,6 +9,7 @@
       writers/        see `local_peers`
       pipes/          see `local_peers`
       blobs/          see `blobfiles`
+      pools/          FIFOs of the pools that run the store's jobs: see `executor.pool_launch`
       spill           symbolic link to the directory on disk of the blobs that do not fit
 
 A default directory is called wukong-UID-PID-RANDOM and lies in shared memory.
@@ -37,6 +38,7 @@ SECRET_BYTES = 32
 ALIVE = "alive"
 KEEP = "keep"
 SPILL = "spill"
+POOLS = "pools"
 _DEFAULT_NAME = re.compile(r"wukong-(\d+)-(\d+)-[0-9A-Za-z_]+")
 
 
@@ -53,23 +55,17 @@ def prepare_directory(directory: Path) -> None:
 
     Raises:
         SecurityError: somebody else owns the directory, or may write to it.
-        StoreUnavailable: it cannot be made.
+        OSError: it cannot be made.
     """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.stat()
-    except OSError as error:
-        raise StoreUnavailable(f"{directory}: cannot hold a job store: {error}") from error
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise SecurityError(
             f"{directory}: a job store's directory must belong to its user, and nobody else "
             f"may write to it (uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o})"
         )
-    try:
-        for folder in (WRITERS, PIPES):
-            (directory / folder).mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise StoreUnavailable(f"{directory}: cannot hold a job store: {error}") from error
+    for folder in (WRITERS, PIPES):
+        (directory / folder).mkdir(mode=0o700, exist_ok=True)
 
 
 def spill_directory(directory: Path) -> Path:
