@@ -344,22 +344,6 @@ def a_lost_commit_is_given_up_at_once(patch: Patch) -> None:
     patch.setattr(ExecutorCore, "_store_failed", failed)
 
 
-@mutation
-def a_new_attempt_for_a_repeated_commit(patch: Patch) -> None:
-    """The receipt of a lost reply becomes another one's."""
-    real = ExecutorCore.tick
-
-    def tick(self: Any, now: float) -> Any:
-        return [
-            core.SendCommit(replace(a.commit, become=self._new_attempt()))
-            if isinstance(a, core.SendCommit)
-            else a
-            for a in real(self, now)
-        ]
-
-    patch.setattr(ExecutorCore, "tick", tick)
-
-
 # ------------------------------------------------------------------ further ones in splitting
 
 

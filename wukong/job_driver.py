@@ -93,6 +93,8 @@ class JobRun:
         self._on_tasks = on_tasks
         self._n_reported = 0
         self._traces: tuple[object, ...] = ()
+        self._is_there = True
+        """The store may know the job, and nobody else will remove it."""
         self.values: dict[int, Any] = {}
         """The requested values, by task."""
         self._core = JobCore(self._job, submission.manifest.parts, policy, submission.request)
@@ -116,13 +118,13 @@ class JobRun:
                 assert wake_at is not None, "the client waits for nothing"
                 time.sleep(max(0.0, wake_at - time.monotonic()))
                 actions.extend(self._core.tick(time.monotonic()))
-        except BaseException as error:
-            if not self._core.is_finished:  # Ctrl-C, a callback that raises
-                for action in self._core.handle(CancelAsked(), time.monotonic()):
-                    if isinstance(action, CancelJob):
-                        self._step(action)
+        except BaseException:  # Ctrl-C at any moment, a callback that raises, the job's own error
+            for action in self._core.handle(CancelAsked(), time.monotonic()):
+                if isinstance(action, CancelJob):
+                    self._step(action)
+            if self._is_there:
                 self._forget()
-            raise error
+            raise
 
     def _step(self, action: JobAction) -> list[JobAction]:
         self._submission.traffic.n_round_trips += 1
@@ -192,12 +194,15 @@ class JobRun:
                 self._blobs.delete_job(self._job)
         except StoreUnavailable as error:
             logger.warning("job %s: not removed (%s); its lease ends by itself", self._job, error)
+        self._is_there = False
 
     # -------------------------------------------------------------- the end
 
     def _finish(self, finish: Finish) -> None:
         self.view = finish.view
-        if finish.end is not End.STORE_DOWN:
+        if finish.end is End.STORE_DOWN:
+            self._is_there = False  # somebody may attach to it later
+        else:
             self._forget()
         if finish.view is not None:
             self.report = self._make_report(finish.view)

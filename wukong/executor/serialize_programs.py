@@ -10,13 +10,11 @@ A nested call is a row of its own behind the tasks; the slot that holds it is `_
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from wukong.errors import SerializationError
 from wukong.executor.messages import Part
@@ -63,11 +61,11 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
     number = {head: n for n, head in enumerate(distinct)}
     payload = (
         (program.part, program.retries, program.fail_fast),
-        np.array([number[head] for head in heads], np.intc).tobytes(),
-        np.array([len(row[1]) for row in rows], np.intc).tobytes(),
+        array("i", [number[head] for head in heads]).tobytes(),
+        array("i", [len(row[1]) for row in rows]).tobytes(),
         slots.tobytes(),
         [(row[0], row[2]) for row in distinct.values()],
-        np.fromiter(literals, np.intc, len(literals)).tobytes(),
+        array("i", literals).tobytes(),
         list(literals.values()),
     )
     try:
@@ -77,12 +75,11 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
         raise (found or error) from error.__cause__
 
 
-def _rows(calls: Sequence[Call]) -> tuple[list[Call], npt.NDArray[np.intc]]:
+def _rows(calls: Sequence[Call]) -> tuple[list[Call], array[int]]:
     """Return the calls with nested ones behind them as rows of their own, and all their slots."""
     rows = list(calls)
-    slots = chain.from_iterable([row[1] for row in rows])
-    with contextlib.suppress(TypeError, ValueError):  # what numpy raises for a nested call
-        return rows, np.fromiter(slots, np.intc)
+    with contextlib.suppress(TypeError):  # what array raises for a nested call
+        return rows, array("i", chain.from_iterable([row[1] for row in rows]))  # type: ignore[arg-type]  # or it raises
     flat = []
     for row in rows:  # grows while it is walked
         for slot in row[1]:
@@ -91,7 +88,7 @@ def _rows(calls: Sequence[Call]) -> tuple[list[Call], npt.NDArray[np.intc]]:
                 rows.append(slot)
             else:
                 flat.append(slot)
-    return rows, np.array(flat, np.intc)
+    return rows, array("i", flat)
 
 
 def _first_unpicklable(program: Program) -> SerializationError | None:
@@ -100,7 +97,7 @@ def _first_unpicklable(program: Program) -> SerializationError | None:
     for task, call in zip(program.part.tasks, program.calls):
         rows, slots = _rows([call])
         parts: list[object] = [row[0] for row in rows]
-        parts += [program.literals.get(s) for s in slots.tolist() if _NESTED < s < 0]
+        parts += [program.literals.get(s) for s in slots if _NESTED < s < 0]
         for part in parts:
             if id(part) in sent:
                 continue
@@ -120,26 +117,26 @@ def decode_program(codec: Codec, context: bytes, buffer: Buffer) -> Program:
     """
     head, *columns, heads, used, values = codec.decode(buffer, context)
     part, retries, fail_fast = head
-    codes, counts, slots = (np.frombuffer(column, np.intc) for column in columns)
-    flat = iter(slots.tolist())
-    named = list(map(heads.__getitem__, codes.tolist()))
-    n_same = int(counts[0]) if len(counts) and (counts == counts[0]).all() else 0
+    codes, counts, slots = (array("i", column) for column in columns)
+    flat = iter(slots)
+    named = map(heads.__getitem__, codes)
+    n_same = counts[0] if counts and counts.count(counts[0]) == len(counts) else 0
     if n_same:
         arguments: Iterable[tuple[int, ...]] = zip(*[flat] * n_same)
     else:
-        arguments = [tuple(islice(flat, count)) for count in counts.tolist()]
+        arguments = [tuple(islice(flat, count)) for count in counts]
     calls: list[Call] = [(func, row, names) for (func, names), row in zip(named, arguments)]
     if len(calls) > len(part.tasks):
-        _nest(calls, np.repeat(np.arange(len(calls)), counts)[slots <= _NESTED])
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        _nest(calls, {owner for owner, slot in zip(owners, slots) if slot <= _NESTED})
         del calls[len(part.tasks) :]
-    known = np.frombuffer(used, np.intc).tolist()
-    return Program(part, calls, dict(zip(known, values)), retries, fail_fast)
+    return Program(part, calls, dict(zip(array("i", used), values)), retries, fail_fast)
 
 
-def _nest(calls: list[Call], owners: npt.NDArray[np.intp]) -> None:
+def _nest(calls: list[Call], owners: set[int]) -> None:
     """Put the nested calls into the rows that hold them, in place."""
     # From the end: a nested call stands behind the one that holds it.
-    for owner in np.unique(owners)[::-1].tolist():
+    for owner in sorted(owners, reverse=True):
         func, row, kwnames = calls[owner]
         slots = cast("tuple[int, ...]", row)
         calls[owner] = (

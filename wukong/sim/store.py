@@ -260,6 +260,8 @@ class SimStore:
     def report_lost(self, request: ReportLost) -> bool:
         """See `JobStore.report_lost`."""
         reply = state.report_lost(self.rows, request.token, request.attempt, request.exports)
+        if reply:
+            self._check_lost_exports(request.exports)
         self._changed()
         return reply
 
@@ -411,6 +413,12 @@ class SimStore:
     def _check_lost(self, blob: BlobId) -> None:
         if blob not in self._lost:
             raise Violation(f"blob {blob} is needed, and nobody has taken it away")
+
+    def _check_lost_exports(self, exports: Sequence[ExportId]) -> None:
+        for export in exports:
+            row = self.rows.tables["e"].get(export)
+            if row is None or self._lost.isdisjoint(entry.blob for entry in row.entries):
+                raise Violation(f"export {export} counts as lost, and nobody has taken it away")
 
     def _lose_blob(self) -> None:
         if self.blobs:
