@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ WATCHDOG_S = 300.0
 SLOW_WATCHDOG_S = 900.0
 LEFTOVER_GRACE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
+STORE_NAME = re.compile(r"wukong-\d+-(?P<pid>\d+)-\w+")
 
 # Every process that a test starts inherits this from the environment, an orphan too.
 RUN_MARK = f"WUKONG_TEST_RUN={uuid.uuid4().hex}"
@@ -59,7 +61,14 @@ def started_processes() -> list[psutil.Process]:
 
 
 def shared_files() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("wukong-*")}
+    """Files in shared memory, but for those of living processes that this run has not started."""
+    own = {os.getpid(), *(process.pid for process in started_processes())}
+    made = [found for path in SHARED_MEMORY.iterdir() if (found := STORE_NAME.fullmatch(path.name))]
+    return {
+        found.group()
+        for found in made
+        if int(found["pid"]) in own or not psutil.pid_exists(int(found["pid"]))
+    }
 
 
 def end_hung_run(config: pytest.Config, test: str, timeout_s: float) -> None:

@@ -86,9 +86,7 @@ def put_after_commit(patch: Patch) -> None:
 def spent_token_before_an_absorbed_value_is_durable(patch: Patch) -> None:
     """Large outputs are held back, and the commit names them; they are put afterwards."""
     _put_later(patch, lambda core_: core_._absorbable(core_._work) is not None)
-    patch.setattr(
-        ExecutorCore, "_absorb", lambda self, absorbed: self._put()
-    )
+    patch.setattr(ExecutorCore, "_absorb", lambda self, absorbed: self._put())
 
 
 def _put_later(patch: Patch, applies: Callable[[Any], bool]) -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wukong.errors import SerializationError, TaskError
+from wukong.executor.messages import Part
 from wukong.executor.serialize import Codec
 from wukong.executor.serialize_failures import decode_error, encode_error
-from wukong.executor.messages import Part
 from wukong.executor.serialize_programs import Program, decode_program, encode_program
 
 CODEC = Codec(b"key")

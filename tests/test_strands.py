@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.strand_invariants import check_strands
 from wukong.scheduler.graph import plan_graph
-from wukong.scheduler.strands import Export, Strands, check_strands, cut_strands
+from wukong.scheduler.strands import Export, Strands, cut_strands
 
 Edges = tuple[np.ndarray, np.ndarray, list[int]]  # inputs_ptr, inputs, requested
 

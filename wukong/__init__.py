@@ -4,7 +4,7 @@
        -> scheduler.graph     graph -> Plan: task ids, edges, calls
        -> scheduler.strands   Plan -> strands: pieces that one executor runs without coordination
        -> store               one job: programs, tokens, exports, blobs
-       -> executors           take a token, run its strand, COMMIT, become one successor, invoke others
+       -> executors           run a token's strand, COMMIT, become one successor, invoke others
        -> client              watches the job, gathers the requested keys
 
 After `import wukong`, `x.compute(scheduler="wukong")` runs on processes of this machine; a

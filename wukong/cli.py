@@ -1,4 +1,4 @@
-"""The command line: `wukong demo`, `wukong doctor`, `wukong bench`.
+"""The command line: `wukong demo`, `wukong doctor`, `wukong bench`, `wukong sweep`.
 
 Prints, and knows how things look; what is computed is in `wukong.workloads`, and what is measured
 over many rounds is in the `bench` package of the source tree.
@@ -25,6 +25,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from wukong.report import Report
+    from wukong.sweep import Sweep
     from wukong.workloads import Check, Prepared, Problem, Workload
 
 Get: TypeAlias = Callable[..., object]
@@ -178,6 +179,59 @@ def bench(arguments: tuple[str, ...]) -> None:
     path = os.pathsep.join([str(root), inherited] if inherited else [str(root)])
     command = [sys.executable, "-m", "bench", *arguments]
     raise SystemExit(subprocess.call(command, env={**os.environ, "PYTHONPATH": path}))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(min=0.05),
+    default=5.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+@click.option("--once", is_flag=True, help="Look once.")
+def sweep(directory: Path, every_s: float, once: bool) -> None:
+    """Look after the jobs of DIRECTORY whose client is gone.
+
+    DIRECTORY is that of a LocalCluster. What a dead or silent executor held is queued again, and
+    the pools that wait there are woken. A job goes on as long as any pool runs in the directory;
+    wukong.attach starts one, and returns the results.
+    """
+    from wukong.errors import StoreUnavailable
+    from wukong.sweep import sweep_directory
+
+    while True:
+        try:
+            found = sweep_directory(directory)
+        except StoreUnavailable as error:
+            raise click.ClickException(str(error)) from error
+        for line in _sweep_lines(found):
+            console.print(line, highlight=False, soft_wrap=True)
+        if once:
+            return
+        time.sleep(every_s)
+
+
+def _sweep_lines(found: "Sweep") -> Iterator[str]:
+    """What a look at a store has found, a line for each job."""
+    if not found.jobs:
+        yield "no jobs"
+    for job in found.jobs:
+        view = job.view
+        line = f"job {view.job}: {view.status.name.lower()}, "
+        line += f"{view.n_tasks_done} of {view.n_tasks} tasks done, "
+        line += f"{view.n_running} strands running, {view.n_queued} queued"
+        if job.n_invoked:
+            line += f"; {job.n_invoked} were silent and start again"
+        if view.lost:
+            line += "; stored values were lost: its client, or wukong.attach, has to run them again"
+        yield line
+    if found.n_pools == 0:
+        yield "no executors wait there; wukong.attach(job, directory) starts some"
+    elif found.n_pools:
+        yield f"pools woken: {found.n_pools}"
 
 
 def _made(workload: "Workload") -> "tuple[Problem, Prepared] | None":

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import dask.config
 from dask.callbacks import local_callbacks
 
 from wukong import config
@@ -27,8 +29,9 @@ from wukong.executor.wire import Traffic, open_wire
 from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
 from wukong.scheduler.costs import Costs
-from wukong.scheduler.graph import Plan, plan_graph
+from wukong.scheduler.graph import plan_graph
 from wukong.scheduler.job import JobPolicy
+from wukong.scheduler.plan import Plan
 from wukong.storage import open_store
 from wukong.storage.local_files import (
     POOLS,
@@ -77,11 +80,14 @@ class LocalCluster:
         self.n_workers = n_workers or len(os.sched_getaffinity(0))
         self.processes = processes
         self._timeout_s = timeout_s if timeout_s is not None else config.get("job.timeout-s")
+        self._memory_limit = memory_limit or config.get("local.memory-limit")
         self._silence_s = float(config.get("job.silence-s"))
         self._changed = threading.Condition()
         """Guards what follows."""
         self._running: set[JobId] = set()
         """Jobs that some thread waits for."""
+        self._others: dict[int, LocalCluster] = {}
+        """By number of executors; see `get`."""
         self._last_report: Report | None = None
         self._is_closed = False
         self._own_directory = None
@@ -94,10 +100,8 @@ class LocalCluster:
             if directory is None:
                 self._own_directory = default_directory()
             self.directory = os.fspath(directory or self._own_directory or "")
-            if memory_limit is None:
-                memory_limit = config.get("local.memory-limit")
             url = f"local://{os.path.abspath(self.directory)}"
-            options = {"silence_s": self._silence_s, "limit_bytes": memory_limit}
+            options = {"silence_s": self._silence_s, "limit_bytes": self._memory_limit}
             self._store = open_store(url, **options)
             self._pool = ProcessPool(
                 url,
@@ -121,32 +125,71 @@ class LocalCluster:
         keys: Any,
         *,
         callbacks: Any = None,
+        cache: MutableMapping[Any, Any] | None = None,
+        num_workers: int | None = None,
+        pool: Any = None,
         timeout_s: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run a Dask graph: give it to any Dask call as `scheduler=cluster.get`.
 
+        `cache`, `num_workers` and `pool` may also be set in `dask.config`, as for Dask's own.
+
         Args:
             dsk: a graph in any of Dask's forms.
             keys: one key, or lists of keys nested at will.
-            callbacks: `dask.callbacks.Callback`s besides the registered ones.
+            callbacks: `dask.callbacks.Callback`s instead of the registered ones.
+            cache: values of keys, which are not computed then; gets the graph's constants and the
+                results.
+            num_workers: run on so many executors, which are kept for further graphs.
+            pool: the same by example: as many executors as this pool has workers.
             timeout_s: instead of the cluster's.
-            kwargs: what other Dask schedulers take; without meaning here.
+            kwargs: what else other Dask schedulers take; without meaning here.
         Returns: the values of the keys; lists of keys give tuples, as with `dask.get`.
         Raises:
             GraphError: the graph cannot be run as it is; nothing has been started.
             JobTimeout: the deadline passed.
             Exception: what a task raised, with the remote traceback as its `__cause__`.
         """
-        with local_callbacks(callbacks) as active:
-            if not active:
-                plan = plan_graph(dsk, keys)
-                return self._compute(plan, timeout_s, None)
-            feed = CallbackFeed(active, dsk, keys)
-            with feed:
-                plan = plan_graph(feed.graph, feed.keys)
-                values = self._compute(plan, timeout_s, feed.bind(plan.keys))
-                return feed.finish(values)
+        size = _pool_size(pool or dask.config.get("pool", None))
+        size = size or num_workers or dask.config.get("num_workers", None) or self.n_workers
+        if cache is None:
+            cache = dask.config.get("cache", None)
+        cluster = self if size == self.n_workers else self._resized(size)
+        cluster._secede()
+        try:
+            with local_callbacks(callbacks) as active:
+                if not active and cache is None:
+                    return cluster._compute(plan_graph(dsk, keys), timeout_s, None)
+                with CallbackFeed(active, dsk, keys, cache) as feed:
+                    feed.begin()
+                    plan = plan_graph(feed.graph, feed.keys)
+                    return feed.finish(cluster._compute(plan, timeout_s, feed.bind(plan.keys)))
+        finally:
+            if cluster is not self:
+                self._last_report = cluster._last_report
+
+    def _resized(self, n_workers: int) -> LocalCluster:
+        """A cluster like this one with so many executors; closed with this one."""
+        with self._changed:
+            self._check_open()
+            cluster = self._others.get(n_workers)
+            if cluster is None:
+                cluster = self._others[n_workers] = LocalCluster(
+                    n_workers,
+                    self.processes,
+                    memory_limit=self._memory_limit,
+                    timeout_s=self._timeout_s,
+                )
+            return cluster
+
+    def _secede(self) -> None:
+        """If this is called from a task, let another thread take its place: a task that waits for
+        a graph of its own must not hold the executor that the graph needs."""
+        if isinstance(self._pool, ThreadPool):
+            holder = self._pool.holders.get(threading.get_native_id())
+            if holder is not None:
+                self._pool.abandon(holder)
 
     def _compute(self, plan: Plan, timeout_s: float | None, on_tasks: OnTasks | None) -> Any:
         if not plan.keys:
@@ -233,9 +276,12 @@ class LocalCluster:
             if self._is_closed:
                 return
             self._is_closed = True
+            others = list(self._others.values())
             for job in sorted(self._running):
                 self._store.jobs.cancel(job)
             self._changed.wait_for(lambda: not self._running, CANCEL_S)
+        for cluster in others:
+            cluster.close()
         self._pool.close()
         self._store.jobs.close()
         if self._store.blobs is not None:
@@ -262,6 +308,12 @@ class LocalCluster:
         kind = "processes" if self.processes else "threads"
         state = ", closed" if self._is_closed else ""
         return f"LocalCluster({self.n_workers} {kind}{state})"
+
+
+def _pool_size(pool: Any) -> int | None:
+    """How many workers a `concurrent.futures` executor or a `multiprocessing` pool has."""
+    workers = getattr(pool, "_max_workers", None) or getattr(pool, "_processes", None)
+    return workers if isinstance(workers, int) else None
 
 
 def executor_policy(is_measured: bool) -> Policy:

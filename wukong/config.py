@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
+from pathlib import Path
 from typing import Any
 
 import dask.config
@@ -14,6 +16,10 @@ def register() -> None:
     text = importlib.resources.files("wukong").joinpath("wukong.yaml").read_text()
     defaults = yaml.safe_load(text)
     dask.config.update_defaults(defaults)
+    # Frames of this package say nothing to the reader of a task's traceback, as Dask's do not.
+    shortened = dask.config.get("admin.traceback.shorten")
+    own = f"^{re.escape(str(Path(__file__).parent))}"
+    dask.config.update_defaults({"admin": {"traceback": {"shorten": [*shortened, own]}}})
 
 
 def get(name: str) -> Any:

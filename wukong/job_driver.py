@@ -63,7 +63,7 @@ from wukong.submit import Manifest, Submission
 
 logger = logging.getLogger(__name__)
 
-OnTasks = Callable[[Sequence[int]], None]
+OnTasks = Callable[[Sequence[int], str], None]
 
 
 class JobRun:
@@ -73,8 +73,8 @@ class JobRun:
         submission: what to run.
         store, invoker: of the cluster.
         policy: the core's.
-        on_tasks: called with the ids of tasks as they are known to be done; asks the store to
-            report every commit.
+        on_tasks: called with the ids of tasks as they are known to be done, and who ran them;
+            asks the store to report every commit.
     """
 
     def __init__(
@@ -176,7 +176,8 @@ class JobRun:
         if self._on_tasks is None:
             return
         for packed in traces[self._n_reported :]:
-            self._on_tasks(trace.ints(trace.read(packed).tasks))
+            record = trace.read(packed)
+            self._on_tasks(trace.ints(record.tasks), record.holder)
         self._n_reported = len(traces)
 
     def _collect(self) -> JobEvent:
@@ -292,7 +293,7 @@ def resolve(manifest: Manifest, values: dict[int, Any]) -> Any:
 def describe_waiting(view: JobView, waited_s: float) -> str:
     """One line about what a job waits for."""
     return (
-        f"job {view.job}: waited {waited_s:.1f} s; {view.n_tasks_done} of {view.n_tasks} tasks done, "
-        f"{view.n_running} strands running, {view.n_queued} queued, {view.n_retries} retried, "
-        f"{view.n_deaths} attempts lost"
+        f"job {view.job}: waited {waited_s:.1f} s; "
+        f"{view.n_tasks_done} of {view.n_tasks} tasks done, {view.n_running} strands running, "
+        f"{view.n_queued} queued, {view.n_retries} retried, {view.n_deaths} attempts lost"
     )

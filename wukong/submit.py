@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ from wukong.executor.wire import (
     open_wire,
 )
 from wukong.scheduler.costs import Costs
-from wukong.scheduler.graph import Plan
 from wukong.scheduler.parts import static_parts
+from wukong.scheduler.plan import Plan
 from wukong.scheduler.strands import Strands, cut_strands
 from wukong.storage import Store
 
@@ -98,6 +99,19 @@ def submit_plan(
     job = JobId(os.urandom(8).hex())
     traffic = Traffic()
     wire = open_wire(store, job, traffic)
+    try:
+        manifest, request = _describe(plan, strands, wire, job, fail_fast, n_retries)
+    except BaseException:  # Ctrl-C too: nobody knows the blobs that are there already
+        if store.blobs is not None:
+            store.blobs.delete_job(job)
+        raise
+    return Submission(job, manifest, wire, traffic, request)
+
+
+def _describe(
+    plan: Plan, strands: Strands, wire: Wire, job: JobId, fail_fast: bool, n_retries: int
+) -> tuple[Manifest, Create]:
+    """What has to be stored to gather the job, and to run it."""
     parts = static_parts(strands)
     retries = {t: int(a["retries"]) for t, a in plan.annotations.items() if "retries" in a}
     if n_retries:
@@ -106,9 +120,10 @@ def submit_plan(
     if wire.is_measured:
         sources, parts = _share_constants(plan, parts, job, wire)
     shared = {e for output in sources for entry in output.entries for e in entry.tasks}
+    context = None if wire.is_measured else copy_context()
     programs = []
     for number, part in enumerate(parts):
-        program = make_program(plan, part, retries, fail_fast, shared)
+        program = make_program(plan, part, retries, fail_fast, shared, context)
         programs.append((StrandId(str(number)), _put_program(plan, wire, program, job, number)))
     source_ids = {output.export for output in sources}
     entries = [
@@ -132,7 +147,7 @@ def submit_plan(
         priority=max(priorities, default=0),
         manifest=wire.put_manifest(manifest),
     )
-    return Submission(job, manifest, wire, traffic, request)
+    return manifest, request
 
 
 def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
@@ -162,12 +177,18 @@ def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
 
 
 def make_program(
-    plan: Plan, part: Part, retries: dict[int, int], fail_fast: bool, shared: set[int]
+    plan: Plan,
+    part: Part,
+    retries: dict[int, int],
+    fail_fast: bool,
+    shared: set[int],
+    context: Context | None = None,
 ) -> Program:
     """The code of one strand, with the constants that it reads.
 
     Args:
         shared: slots of constants that are exports of the job, and so not in programs.
+        context: the client's, if executors can have it.
     """
     calls = [plan.calls[task] for task in part.tasks]
     return Program(
@@ -176,6 +197,7 @@ def make_program(
         literals={s: plan.literals[~s] for s in _literal_slots(calls) if s not in shared},
         retries={task: retries[task] for task in part.tasks if task in retries} if retries else {},
         fail_fast=fail_fast,
+        context=context,
     )
 
 
@@ -210,10 +232,12 @@ def _put_program(plan: Plan, wire: Wire, program: Program, job: JobId, number: i
     try:
         return wire.put_program(program, BlobId(f"{job}/plan/{number}"))
     except SerializationError as error:
-        key = "?" if error.task is None else repr(plan.keys[error.task])
-        raise SerializationError(
-            f"the task {key} cannot be sent to an executor: {error}"
-        ) from error
+        raise _unsendable(plan, error.task, error) from error
+
+
+def _unsendable(plan: Plan, task: int | None, error: SerializationError) -> SerializationError:
+    key = "?" if task is None else repr(plan.keys[task])
+    return SerializationError(f"the task {key} cannot be sent to an executor: {error}")
 
 
 def _share_constants(
@@ -234,7 +258,12 @@ def _share_constants(
         )
         for slot in shared
     ]
-    made = dict(wire.put(requests))
+    try:
+        made = dict(wire.put(requests))
+    except SerializationError as error:
+        tasks = parts[shared[error.task or -1][0]].tasks
+        reads = (t for t in tasks if error.task in _literal_slots([plan.calls[t]]))
+        raise _unsendable(plan, next(reads), error) from error
     parts = list(parts)
     for slot, numbers in shared.items():
         for number in numbers:

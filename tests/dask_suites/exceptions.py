@@ -1,4 +1,4 @@
-"""What is left out of the comparison, and the differences that are accepted, each with its reason."""
+"""What is left out of the comparison, and which differences are accepted, each with its reason."""
 
 LEFT_OUT = {
     "dask/tests/test_distributed.py": "runs on distributed's own scheduler",

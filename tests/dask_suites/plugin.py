@@ -6,7 +6,8 @@ never meet it. Both sides of a comparison are patched alike.
 
 Settings come from the environment, since pytest gives a plugin no better way before its imports:
 `SIDE` (dask, wukong), `MODE` (threads, processes), `RECORD` (the file of outcomes), `SAMPLE` (how
-many tests), `ONLY` (a file of the tests to run), `DONE` (a file of tests that have run), `TIMEOUT_S` (of each test).
+many tests), `ONLY` (a file of the tests to run), `DONE` (a file of tests that have run),
+`TIMEOUT_S` (of each test).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import zlib
@@ -100,6 +103,8 @@ class WukongCluster:
 def measured_scheduler(side: str, mode: str) -> GetFunction:
     if side == "dask" and mode == "threads":
         return dask.threaded.get
+    if side == "wukong":
+        importlib.import_module("wukong")  # now, so that its configuration is there
     schedule = WukongCluster(mode) if side == "wukong" else DaskProcesses()
 
     def get(dsk: Any, keys: Any, **kwargs: Any) -> Any:
@@ -180,9 +185,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     result = yield
     report = result.get_result()  # type: ignore[attr-defined]
     if call.when == "call" or not report.passed:
@@ -194,9 +197,18 @@ def pytest_runtest_makereport(
         if call.excinfo is not None and call.excinfo.errisinstance(TimedOut):
             outcome = "timed out"
         text = "" if report.passed or report.skipped else str(report.longrepr)
-        _write({"test": item.nodeid, "outcome": outcome, "text": text[-6000:],
-                "seconds": round(call.duration, 3)})
+        _write(
+            {
+                "test": item.nodeid,
+                "outcome": outcome,
+                "text": text[-6000:],
+                "seconds": round(call.duration, 3),
+            }
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    shortened = dask.config.get("admin.traceback.shorten")
+    own = re.escape(os.path.dirname(__file__))
+    dask.config.update_defaults({"admin": {"traceback": {"shorten": [*shortened, own]}}})
     replace_schedulers(measured_scheduler(setting("SIDE"), setting("MODE")))

@@ -101,9 +101,7 @@ class _Side:
         self._n_runs = 0
         self.texts: dict[str, str] = {}
 
-    def run(
-        self, sample: int | None = None, only: Sequence[str] | None = None
-    ) -> dict[str, str]:
+    def run(self, sample: int | None = None, only: Sequence[str] | None = None) -> dict[str, str]:
         """Outcome by test."""
         outcomes: dict[str, str] = {}
         if only is not None and not only:
@@ -113,7 +111,9 @@ class _Side:
             if hung is None:
                 return outcomes
             outcomes[hung] = "ended its process"
-        raise RuntimeError(f"{self._side}, {self._mode}: more than {N_RESTARTS_MAX} processes ended")
+        raise RuntimeError(
+            f"{self._side}, {self._mode}: more than {N_RESTARTS_MAX} processes ended"
+        )
 
     def _run_once(
         self, sample: int | None, only: Sequence[str] | None, outcomes: dict[str, str]
@@ -123,8 +123,12 @@ class _Side:
         name = f"{self._side}-{self._mode}-{self._n_runs}"
         record, cwd = self._folder / f"{name}.jsonl", self._folder / name
         cwd.mkdir()
-        settings = {"SIDE": self._side, "MODE": self._mode, "RECORD": str(record),
-                    "TIMEOUT_S": str(TIMEOUT_S)}
+        settings = {
+            "SIDE": self._side,
+            "MODE": self._mode,
+            "RECORD": str(record),
+            "TIMEOUT_S": str(TIMEOUT_S),
+        }
         if sample is not None:
             settings["SAMPLE"] = str(sample)
         if only is not None:
@@ -136,8 +140,12 @@ class _Side:
             code = subprocess.run(
                 self._command(only),
                 cwd=cwd,
-                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(REPOSITORY),
-                     **{f"DASK_SUITES_{key}": value for key, value in settings.items()}},
+                env={
+                    **os.environ,
+                    "PYTHONHASHSEED": "0",
+                    "PYTHONPATH": str(REPOSITORY),
+                    **{f"DASK_SUITES_{key}": value for key, value in settings.items()},
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -150,9 +158,19 @@ class _Side:
         return begun
 
     def _command(self, only: Sequence[str] | None) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"),
-                   f"--rootdir={_site_packages()}", "-p", "tests.dask_suites.plugin",
-                   "-m", "not network and not gpu", "--pyargs"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            str(HERE / "pytest.ini"),
+            f"--rootdir={_site_packages()}",
+            "-p",
+            "tests.dask_suites.plugin",
+            "-m",
+            "not network and not gpu",
+            "--pyargs",
+        ]
         command += [f"--ignore={_site_packages() / path}" for path in LEFT_OUT]
         if only is None:
             return [*command, *self._suites]

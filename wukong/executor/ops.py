@@ -121,11 +121,12 @@ def _flatten(
 def _nest(
     func: Callable[..., Any], slots: Sequence[Any], names: tuple[str, ...], leaves: list[int]
 ) -> _Nested:
-    """A function of all leaves' values; recursion is bounded by `graph.MAX_NESTING`."""
+    """A function of all leaves' values; recursion is bounded by `fused.MAX_NESTING`."""
     arguments: list[_Nested] = []
     for slot in slots:
         if type(slot) is tuple:
-            arguments.append(_nest(*slot, leaves))
+            inner, inner_slots, inner_names = slot
+            arguments.append(_nest(inner, inner_slots, inner_names, leaves))
         else:
             arguments.append(itemgetter(len(leaves)))
             leaves.append(slot)

@@ -21,11 +21,12 @@ from typing import Any, Protocol
 
 from wukong import trace
 from wukong.errors import (
+    CorruptBlob,
     InvokeError,
+    MissingBlob,
     SecurityError,
     SerializationError,
     StoreUnavailable,
-    TaskError,
 )
 from wukong.executor.core import ExecutorCore, Phase, Policy
 from wukong.executor.messages import (
@@ -68,7 +69,7 @@ from wukong.executor.messages import (
 )
 from wukong.executor.ops import Op, Running, prepare_ops, reads_of
 from wukong.executor.recorder import Recorder
-from wukong.executor.serialize_failures import Failure, Raised
+from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
 from wukong.executor.serialize_programs import Program
 from wukong.executor.wire import (
     Error,
@@ -227,7 +228,6 @@ class Executor:
                 pending.extend(self._step(pending.popleft()))
             if is_done():
                 return
-            # The store did not answer. The core has said when to ask again.
             self._is_retrying = True
             wake_at = self._core.wake_at()
             assert wake_at is not None, "the executor waits for nothing"
@@ -317,7 +317,8 @@ class Executor:
             values = wire.read(fetch.inputs, missing.__contains__)
         except UnreadableExports as unreadable:
             return FetchFailed(unreadable.exports)
-        except (SerializationError, SecurityError) as error:
+        except (SerializationError, SecurityError, MissingBlob, CorruptBlob) as error:
+            # A program that is gone can be made again by nobody; inputs have been dealt with above.
             return Broken(wire.put_error(wire.failure(error, -1)))
         self._values.update((t, v) for t, v in values.items() if t in missing)
         self._failed = {t for t, v in self._values.items() if isinstance(v, Failure | Raised)}
@@ -344,16 +345,18 @@ class Executor:
         self._record.fetched()
         self._running = running
         while True:
-            error = self._run_ops(iterator, program)
+            if program.context is None:
+                error = self._run_ops(iterator, program)
+            else:  # a copy for each run: a context is entered by one thread at a time
+                error = program.context.copy().run(self._run_ops, iterator, program)
             with running.gate:  # a split may be under way: wait for what it leaves
                 if error is not None or running.iterator is iterator:
                     self._running = None
                     break
                 iterator = running.iterator
-        return self._ran(running, program, error)
+        return self._ran(running.part, program, error)
 
-    def _ran(self, running: Running, program: Program, error: Error | None) -> Ran:
-        part = running.part
+    def _ran(self, part: Part, program: Program, error: Error | None) -> Ran:
         n_done = self._record.ran(part.tasks)
         if error is not None:
             return Ran(n_done, {}, error=self._wire_now().put_error(error))
@@ -413,23 +416,17 @@ class Executor:
             except BaseException as again:  # as above
                 raised = again
         if isinstance(raised, SystemExit):
-            error = TaskError(f"the task called sys.exit({raised.code!r})")
-            error.__cause__ = raised
-            raised = error
+            raised = exit_error(raised)
         return self._wire_now().failure(raised, task)
 
     def _condemn(self, condemn: Condemn) -> Ran:
-        (task,) = condemn.part.tasks
-        times = "once" if condemn.n_deaths == 1 else f"{condemn.n_deaths} times"
-        error = TaskError(f"the task killed its executor {times}; the last one {condemn.cause}")
-        failure = self._wire_now().failure(error, task)
-        if self._program_now().fail_fast:
-            return Ran(1, {}, error=self._wire_now().put_error(failure))
-        self._values[task] = failure
+        (task,), program = condemn.part.tasks, self._program_now()
+        failure = self._wire_now().failure(death_error(condemn.n_deaths, condemn.cause), task)
         self._record.fetched()
-        self._record.ended.append(time.perf_counter())
-        self._record.ran((task,))
-        return Ran(1, self._sizes(condemn.part, ()))
+        if not program.fail_fast:
+            self._values[task] = failure
+            self._record.ended.append(time.perf_counter())
+        return self._ran(condemn.part, program, failure if program.fail_fast else None)
 
     def _sizes(self, part: Part, reads: Sequence[Sequence[int]]) -> dict[int, int]:
         """Sizes of values that are exported, or that the rest reads, as far as they are there."""

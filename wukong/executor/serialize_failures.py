@@ -10,6 +10,7 @@ import pickle
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from wukong.errors import TaskError
@@ -40,6 +41,8 @@ class Failure:
     """As Python would have printed it on the executor, without Wukong's own frames."""
     pickled: bytes
     """The exception itself; empty if it cannot be pickled in any form."""
+    frames: bytes = b""
+    """The traceback itself, where tblib is installed, which lets Dask pickle tracebacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ def encode_error(error: BaseException, key: object) -> Failure:
         message,
         _traceback_text(error),
         next((p for p in _pickled_forms(error, message) if _same(p, error, message)), b""),
+        _pickled_frames(error),
     )
 
 
@@ -91,13 +95,17 @@ def decode_error(failure: Failure, key: object = None) -> BaseException:
             error = None
     if not isinstance(error, BaseException):
         error = TaskError(f"{failure.type_name}: {failure.message}")
+    if failure.frames:
+        error.__traceback__ = pickle.loads(failure.frames)
     error.__cause__ = RemoteTraceback(failure.traceback_text)
     note_key(error, failure.key if key is None else key)
     return error
 
 
 def note_key(error: BaseException, key: object) -> None:
-    """Add a note that names the task which raised, once."""
+    """Add a note that names the task which raised, once; None: no task did."""
+    if key is None:
+        return
     # What add_note does since Python 3.11.
     notes = vars(error).setdefault("__notes__", [])
     note = f"Raised by the task {key!r}"
@@ -105,10 +113,38 @@ def note_key(error: BaseException, key: object) -> None:
         notes.append(note)
 
 
-def _traceback_text(error: BaseException) -> str:
+def _frames(error: BaseException) -> TracebackType | None:
+    """The traceback without Wukong's own frames."""
     frames = error.__traceback__
     while frames and frames.tb_frame.f_globals.get("__name__", "").startswith("wukong."):
         frames = frames.tb_next
+    return frames
+
+
+def _pickled_frames(error: BaseException) -> bytes:
+    frames = _frames(error)
+    try:
+        return pickle_in_band(frames) if frames else b""
+    except Exception:  # no tblib
+        return b""
+
+
+def exit_error(raised: SystemExit) -> TaskError:
+    """What a task raises in effect when it calls sys.exit."""
+    error = TaskError(f"the task called sys.exit({raised.code!r})")
+    frames = raised.__traceback__  # the first one is the executor's
+    error.__cause__ = raised.with_traceback(frames and frames.tb_next)
+    return error
+
+
+def death_error(n_deaths: int, cause: str) -> TaskError:
+    """The error of a task that has killed so many executors, the last one of which `cause`."""
+    times = "once" if n_deaths == 1 else f"{n_deaths} times"
+    return TaskError(f"the task killed its executor {times}; the last one {cause}")
+
+
+def _traceback_text(error: BaseException) -> str:
+    frames = _frames(error)
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
     except Exception as failed:

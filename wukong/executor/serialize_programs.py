@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Iterable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
@@ -21,7 +22,7 @@ from wukong.executor.messages import Part
 from wukong.executor.serialize import Buffer, Codec, Encoded, pickle_value
 
 if TYPE_CHECKING:
-    from wukong.scheduler.graph import Call
+    from wukong.scheduler.calls import Call
 
 # In the flat column of slots: -1 ... are literals, _NESTED - row a nested call.
 _NESTED = -(1 << 30)
@@ -41,6 +42,8 @@ class Program:
     """Task -> how often it may be run again when it raises; tasks without are left out."""
     fail_fast: bool
     """The first exception ends the job."""
+    context: Context | None = None
+    """The client's context variables, where tasks run in its own process; never sent."""
 
 
 def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
@@ -79,7 +82,8 @@ def _rows(calls: Sequence[Call]) -> tuple[list[Call], array[int]]:
     """Return the calls with nested ones behind them as rows of their own, and all their slots."""
     rows = list(calls)
     with contextlib.suppress(TypeError):  # what array raises for a nested call
-        return rows, array("i", chain.from_iterable([row[1] for row in rows]))  # type: ignore[arg-type]  # or it raises
+        unnested = cast("list[tuple[int, ...]]", [row[1] for row in rows])
+        return rows, array("i", chain.from_iterable(unnested))
     flat = []
     for row in rows:  # grows while it is walked
         for slot in row[1]:

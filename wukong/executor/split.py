@@ -61,11 +61,14 @@ def cut_rest(rest: Edges, n_executors: int) -> list[int]:
     flat = np.array([v for values in inputs for v in values], np.int64)
     grain = max(1.0, len(tasks) / (PIECES_PER_EXECUTOR * n_executors))
     pieces = cut_strands(ptr, flat, (), grain=grain).strand_of.tolist()
-    # Others that read the running task's value shall not wait for more than that task.
-    is_awaited = any(
-        piece and running in values for piece, values in zip(pieces, rest.inputs[1:], strict=True)
-    )
-    return [0, *(piece + is_awaited for piece in pieces)]
+    if max(pieces) == 0:
+        # The last piece goes too, for the running task may wait for what its tasks do; but not
+        # where they wait for it.
+        is_apart = not any(running in values for values in rest.inputs[1:])
+    else:
+        # Others that read the running task's value shall not wait for more than that task.
+        is_apart = any(piece and running in v for piece, v in zip(pieces, rest.inputs[1:]))
+    return [0, *(piece + is_apart for piece in pieces)]
 
 
 def split_rest(

@@ -111,7 +111,7 @@ class Wire(Protocol):
         ...
 
     def failure(self, error: BaseException, task: int) -> Error:
-        """Make a value of a task's exception."""
+        """Make a value of a task's exception; of no task in particular if it is negative."""
         ...
 
     def put_error(self, error: Error) -> bytes | object:
@@ -161,7 +161,7 @@ class ObjectWire:
 
     def failure(self, error: BaseException, task: int) -> Error:
         """See `Wire.failure`."""
-        return Raised(error, task)
+        return Raised(error, None if task < 0 else task)
 
     def put_error(self, error: Error) -> bytes | object:
         """See `Wire.put_error`."""
@@ -310,7 +310,7 @@ class SignedWire:
 
     def failure(self, error: BaseException, task: int) -> Error:
         """See `Wire.failure`."""
-        return encode_error(error, task)
+        return encode_error(error, None if task < 0 else task)
 
     def put_error(self, error: Error) -> bytes | object:
         """See `Wire.put_error`."""

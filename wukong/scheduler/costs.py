@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wukong.scheduler.graph import Call
+from wukong.scheduler.calls import Call
 
 NEW_WEIGHT = 0.5
 """Weight of the last job's mean: sizes change from job to job more than they repeat."""

@@ -17,13 +17,12 @@ function of keys and constants) take a fast path; anything nested becomes a tree
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 from dask._expr import _AnnotationsTombstone
 from dask._task_spec import (
     Alias,
@@ -37,6 +36,7 @@ from dask._task_spec import (
     Tuple,
     _execute_subgraph,
     _is_dask_future,
+    convert_legacy_graph,
     convert_legacy_task,
 )
 from dask.base import get_annotations
@@ -44,59 +44,9 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.utils import ensure_dict
 
 from wukong.errors import CycleError, GraphError, MissingKey
-
-Key: TypeAlias = Hashable
-"""Dask's name of a value: a string, a number, or a tuple of them."""
-Slot: TypeAlias = "int | Call"
-"""Where an argument comes from: >= 0 a task's id; < 0 the literal `~slot`; a call made in place."""
-Call: TypeAlias = tuple[Callable[..., Any], tuple[Slot, ...], tuple[str, ...]]
-"""Function, slots, names: the last `len(names)` slots are keyword arguments."""
-Requested: TypeAlias = "int | tuple[Requested, ...]"
-"""A slot, or the slots of a list of keys, nested as the keys were."""
-
-# Calls nested deeper than this become a Program: whoever evaluates or pickles a call recurses into
-# it, and Python's default limit of 1,000 frames has to do for the user's functions as well.
-MAX_NESTING = 32
-
-# A node before its inputs are numbered: as Slot, with a TaskRef wherever a key is read.
-_Open: TypeAlias = Any
-
-
-@dataclass(slots=True)
-class Plan:
-    """A graph, culled to what the requested keys need and ready to be cut into strands.
-
-    Constants and aliases are not tasks. Every task's inputs have smaller ids than the task.
-    """
-
-    keys: list[Key]
-    """Task id -> Dask's key (n)."""
-    calls: list[Call]
-    """Task id -> what to call (n)."""
-    inputs_ptr: npt.NDArray[np.int64]
-    """Task t reads the tasks `inputs[inputs_ptr[t]:inputs_ptr[t + 1]]` (n + 1)."""
-    inputs: npt.NDArray[np.int32]
-    """Task ids, each once for each reader, in the order of its arguments."""
-    literals: list[object]
-    """Constants, each object once; slot s < 0 is `literals[~s]`."""
-    requested: Requested
-    """Slots of the requested keys, in the shape of the request."""
-    annotations: dict[int, dict[str, Any]]
-    """Task id -> Dask's annotations (`retries`, `priority`, ...); annotated tasks only."""
-
-    def resolve(self, values: Mapping[int, object]) -> Any:
-        """The answer to the request, as `dask.get` shapes it: lists of keys become tuples.
-
-        Args:
-            values: task id -> result, for every requested task; literals are added here.
-        """
-
-        def value(slot: Requested) -> object:
-            if isinstance(slot, tuple):
-                return tuple([value(s) for s in slot])
-            return values[slot] if slot >= 0 else self.literals[~slot]
-
-        return value(self.requested)
+from wukong.scheduler.calls import Call, Key, make_dict, make_list, make_set, make_tuple
+from wukong.scheduler.fused import Open, Read, bind, fuse
+from wukong.scheduler.plan import Plan, Requested
 
 
 def plan_graph(dsk: Any, keys: Any) -> Plan:
@@ -118,44 +68,19 @@ def plan_graph(dsk: Any, keys: Any) -> Plan:
     with _collector_off():
         graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
         planner = _Planner(ensure_dict(graph))
-        planner.walk(_flatten(keys))
+        planner.walk(flatten_keys(keys))
         return planner.plan(keys, _annotations(dsk, graph))
 
 
-def evaluate(call: Call, values: Mapping[int, Any]) -> Any:
-    """Call `call` with its arguments taken from `values`, and whatever is nested in it before.
+def dask_nodes(dsk: Any, known: Mapping[Key, object]) -> dict[Key, Any]:
+    """The graph as Dask's own schedulers show it to callbacks: a new dict of Dask's nodes.
 
     Args:
-        values: task ids and negative literal slots -> value.
+        known: values that stand for the graph's nodes.
     """
-    func, slots, names = call
-    args = [values[s] if type(s) is int else evaluate(s, values) for s in slots]  # type: ignore[arg-type]  # mypy does not narrow by type()
-    if not names:
-        return func(*args)
-    n_positional = len(args) - len(names)
-    return func(*args[:n_positional], **dict(zip(names, args[n_positional:])))
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Calls that run one after the other inside one task; the last one's value is the result.
-
-    Stands for Dask's fused task where a value in it is read twice, or the chain is too long to be
-    nested. Dask orders the fused graph anew at every call; here that has been done once.
-    """
-
-    steps: tuple[Call, ...]
-    """Slot >= 0: the input at this position; slot < 0: the value of step `~slot`."""
-    last_uses: tuple[tuple[int, ...], ...]
-    """For each step the slots of earlier steps that nobody reads after it."""
-
-    def __call__(self, *inputs: Any) -> Any:
-        values = dict(enumerate(inputs))
-        for i, step in enumerate(self.steps):
-            values[~i] = evaluate(step, values)
-            for slot in self.last_uses[i]:
-                del values[slot]
-        return values[-len(self.steps)]
+    graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
+    values = {key: DataNode(key, value) for key, value in known.items()}
+    return dict(convert_legacy_graph({**ensure_dict(graph), **values}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,31 +89,11 @@ class OpaqueNode:
 
     node: Callable[[Mapping[Any, Any]], Any]
     """Takes a mapping of key -> value."""
-    keys: tuple[Hashable, ...]
+    keys: tuple[Key, ...]
     """What the node depends on, in the order of the arguments."""
 
     def __call__(self, *values: Any) -> Any:
         return self.node(dict(zip(self.keys, values)))
-
-
-def make_list(*items: Any) -> list[Any]:
-    """The list of the arguments: what a list that holds keys becomes."""
-    return list(items)
-
-
-def make_tuple(*items: Any) -> tuple[Any, ...]:
-    """The tuple of the arguments."""
-    return items
-
-
-def make_set(*items: Any) -> set[Any]:
-    """The set of the arguments."""
-    return set(items)
-
-
-def make_dict(*items: Any) -> dict[Any, Any]:
-    """The dict of the arguments: key, value, key, value, ..."""
-    return dict(zip(items[::2], items[1::2]))
 
 
 _MAKERS: dict[type, Callable[..., Any]] = {
@@ -427,7 +332,7 @@ class _Planner:
             tree = self.translate(node, reads)
         else:
             tree = self.legacy(node, reads)
-        if type(tree) is TaskRef and tree.key == self.names[i]:
+        if type(tree) is Read and tree.key == self.names[i]:
             self.fail_missing(tree.key, None)  # Dask drops `{"x": "x"}`: x is said to be elsewhere
         self.opened[i] = tree, reads
         self.stack.append(~i)
@@ -438,9 +343,9 @@ class _Planner:
             if self.place[position] is None:
                 self.stack.append(position)
 
-    def close_nested(self, i: int, tree: _Open, reads: list[Key]) -> None:
+    def close_nested(self, i: int, tree: Open, reads: list[Key]) -> None:
         """Number a node whose inputs are numbered. A constant and an alias become no task."""
-        slot = _bind(tree, self.slot_of)
+        slot = bind(tree, self.slot_of)
         if type(slot) is tuple:
             self.calls.append(slot)
             self.slots.extend(dict.fromkeys([self.slot_of(key) for key in reads]))
@@ -449,16 +354,16 @@ class _Planner:
             self.keys.append(self.names[i])
         self.place[i] = slot
 
-    def legacy_argument(self, a: Any, reads: list[Key]) -> _Open:
+    def legacy_argument(self, a: Any, reads: list[Key]) -> Open:
         """An argument in a legacy tuple. Only here, and only directly, a dict is a container."""
         return self.argument(Dict(a), reads) if isinstance(a, dict) else self.legacy(a, reads)
 
-    def legacy(self, value: Any, reads: list[Key]) -> _Open:
+    def legacy(self, value: Any, reads: list[Key]) -> Open:
         """A value in a legacy graph, by the rules of `convert_legacy_task`."""
         opened = self.legacy_or_none(value, reads)
         return self.legacy_constant(value) if opened is None else opened
 
-    def legacy_or_none(self, value: Any, reads: list[Key]) -> _Open:
+    def legacy_or_none(self, value: Any, reads: list[Key]) -> Open:
         """As `legacy`, but None for a constant, so that a container can be one constant."""
         kind = type(value)
         if kind is tuple and value and callable(value[0]):
@@ -488,29 +393,31 @@ class _Planner:
         """The slot of a value without keys; as in Dask, the graph's containers are copied."""
         return self.literal(convert_legacy_task(None, value, self.index))
 
-    def argument(self, a: Any, reads: list[Key]) -> _Open:
+    def argument(self, a: Any, reads: list[Key]) -> Open:
         """An argument of a Task."""
         if isinstance(a, GraphNode):
             return self.translate(a, reads)
         return self.read_future(a, reads) if isinstance(a, TaskRef) else self.literal(a)
 
-    def read(self, key: Any, reads: list[Key]) -> TaskRef:
+    def read(self, key: Key, reads: list[Key]) -> Read:
         reads.append(key)
-        return TaskRef(key)
+        return Read(key)
 
-    def read_future(self, ref: Any, reads: list[Key]) -> TaskRef:
+    def read_future(self, ref: Any, reads: list[Key]) -> Read:
         """A TaskRef, or a future, which is the same where the graph has its key."""
         if type(ref) is not TaskRef:
             self.futures[ref.key] = ref
         return self.read(ref.key, reads)
 
-    def translate(self, node: GraphNode, reads: list[Key]) -> _Open:
+    def translate(self, node: GraphNode, reads: list[Key]) -> Open:
         """A Dask node as an open call, key or literal; told apart by how its class evaluates."""
         how = type(node).__call__
         if how is Task.__call__:
             assert isinstance(node, Task)
             if node.func is _execute_subgraph and type(node.args[0]) is dict:
-                return self.inline(*node.args, reads=reads)
+                inner, out, names, *outer = node.args
+                given = {name: self.argument(a, reads) for name, a in zip(names, outer)}
+                return fuse(inner, out, given, self.translate)
             maker = _MAKERS.get(type(node))
             if maker is None:
                 args, func = (*node.args, *node.kwargs.values()), node.func
@@ -528,92 +435,6 @@ class _Planner:
         keys = tuple(sorted(node.dependencies, key=repr))
         return OpaqueNode(node, keys), tuple([self.read(k, reads) for k in keys]), ()
 
-    # -- fused tasks ------------------------------------------------------------------------------
-
-    def inline(
-        self, inner: dict[Any, Any], out: Key, names: Iterable[Key], *args: Any, reads: list[Key]
-    ) -> _Open:
-        """A fused task: nested calls where each inner value is read once, else a Program."""
-        given = {name: self.argument(a, reads) for name, a in zip(names, args)}
-        order, opened, n_reads = self.order_inner(inner, out, given)
-        value: dict[Key, Any] = dict(given)
-        depth: dict[Key, int] = dict.fromkeys(given, 0)
-        for key in order:
-            call, inner_reads = opened[key]
-            value[key] = _bind(call, value.__getitem__)
-            below = max([depth[read] for read in inner_reads], default=0)
-            depth[key] = below + (type(call) is tuple)
-        twice = any(type(value[key]) is tuple for key, n in n_reads.items() if n > 1)
-        if not twice and depth[out] <= MAX_NESTING:
-            return value[out]
-        return self.program(order, opened, given)
-
-    def order_inner(
-        self, inner: dict[Any, Any], out: Key, given: Mapping[Key, Any]
-    ) -> tuple[list[Key], dict[Key, tuple[_Open, list[Key]]], dict[Key, int]]:
-        """A fused graph's nodes in post-order, each opened with what it reads, and reads by key."""
-        order: list[Key] = []
-        opened: dict[Key, tuple[_Open, list[Key]]] = {}
-        n_reads: dict[Key, int] = {}
-        done: set[Key] = set(given)
-        path = [out]
-        while path:
-            key = path[-1]
-            if key in done:
-                path.pop()
-            elif key in opened:
-                order.append(key)
-                done.add(path.pop())
-            elif key not in inner:
-                self.fail_missing(key, out)
-            else:
-                reads: list[Key] = []
-                opened[key] = self.translate(inner[key], reads), reads
-                for read in reads:
-                    n_reads[read] = n_reads.get(read, 0) + 1
-                    if read in opened and read not in done:
-                        raise CycleError(f"the fused task {out!r} waits for itself, by {read!r}")
-                path.extend([read for read in reversed(reads) if read not in done])
-        return order, opened, n_reads
-
-    def program(
-        self,
-        order: list[Key],
-        opened: Mapping[Key, tuple[_Open, list[Key]]],
-        given: Mapping[Key, Any],
-    ) -> _Open:
-        """The call of a Program of the nodes `order`; its literals are arguments like the rest."""
-        arguments: list[_Open] = list(given.values())
-        literal_at: dict[int, int] = {}
-        at: dict[Key, int] = {name: i for i, name in enumerate(given)}
-        steps: list[Call] = []
-        last_reader: dict[int, int] = {}
-
-        def local(slot: _Open) -> Any:
-            if type(slot) is tuple:
-                return slot[0], tuple([local(s) for s in slot[1]]), slot[2]
-            if type(slot) is TaskRef:
-                place = at[slot.key]
-                if place < 0:
-                    last_reader[place] = len(steps)
-                return place
-            if slot not in literal_at:
-                literal_at[slot] = len(arguments)
-                arguments.append(slot)
-            return literal_at[slot]
-
-        for key in order:
-            place = local(opened[key][0])
-            if type(place) is tuple:
-                steps.append(place)
-                place = -len(steps)
-            at[key] = place
-        last_uses: list[list[int]] = [[] for _ in steps]
-        for place, reader in last_reader.items():
-            if reader < len(steps):  # beyond them: the result itself, by an alias
-                last_uses[reader].append(place)
-        return Program(tuple(steps), tuple(map(tuple, last_uses))), tuple(arguments), ()
-
     # -- errors -----------------------------------------------------------------------------------
 
     def fail_missing(self, key: Key, needed_by: Key | None) -> NoReturn:
@@ -621,7 +442,7 @@ class _Planner:
         if key in self.futures:
             raise GraphError(f"{key!r}, which {needed_by!r} needs, is a future, not in the graph")
         reader = "requested" if needed_by is None else f"needed by {needed_by!r}"
-        raise MissingKey(f"{key!r} is {reader}, but is not in the graph")
+        raise MissingKey(f"Missing dependency: {key!r} is {reader}, but is not in the graph")
 
     def fail_cycle(self, i: int) -> NoReturn:
         """Raise the error for node i, read while its own inputs are being numbered."""
@@ -629,24 +450,15 @@ class _Planner:
         cycle = [repr(self.names[j]) for j in [*path[path.index(i) :], i]]
         if len(cycle) > 12:
             cycle[6:-5] = ["..."]
-        raise CycleError("tasks wait for each other: " + " -> ".join(cycle))
+        raise CycleError("Cycle detected: " + " -> ".join(cycle))
 
 
-def _bind(tree: _Open, slot_of: Callable[[Key], Any]) -> Any:
-    """Replace the keys in an open tree by their slots."""
-    kind = type(tree)
-    if kind is tuple:
-        func, slots, names = tree
-        return func, tuple([_bind(slot, slot_of) for slot in slots]), names
-    return slot_of(tree.key) if kind is TaskRef else tree
-
-
-def _flatten(keys: Any) -> list[Key]:
+def flatten_keys(keys: Any) -> list[Key]:
     """The requested keys, without the lists around them. A tuple is a key."""
     flat: list[Key] = []
     for key in keys if isinstance(keys, list) else [keys]:
         if isinstance(key, list):
-            flat.extend(_flatten(key))
+            flat.extend(flatten_keys(key))
         else:
             flat.append(key)
     return flat

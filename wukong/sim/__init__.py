@@ -169,9 +169,11 @@ def _time_limit_s(setting: Setting) -> float:
 def _check_end(world: World, store: SimStore) -> None:
     """Let everybody come to an end, and look at what is left."""
     setting = world.setting
-    is_calm = setting.faults.are_none and not world.counts["deaths"]
+    is_calm = setting.faults.are_none and not world.counts["deaths"] + world.counts["drains"]
     if is_calm and not setting.fail_fast and world.counts["tasks"] != len(setting.reads):
         raise Violation(f"{world.counts['tasks']} runs of {len(setting.reads)} tasks, and no fault")
+    if is_calm:
+        store.check_nothing_else_is_kept()
     world.run(float("inf"), lambda: False)
     if any(store.rows.tables.values()):
         raise Violation("rows are left after the job was forgotten")

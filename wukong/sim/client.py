@@ -199,10 +199,12 @@ class SimClient:
         self._store.watch(version, self._alive(tell))
         self._world.after(timeout_s, self._alive(look), None)
 
-    def _collected(self, answer: tuple[tuple[Located, ...], Status]) -> JobEvent:
+    def _collected(self, answer: tuple[tuple[Located, ...], JobView | None]) -> JobEvent:
         """Read the results' blobs; of a failed job only the error is wanted."""
-        results, status = answer
-        if status is Status.FAILED:
+        results, view = answer
+        if view is None or view.status is Status.RUNNING:
+            return Watched(view)  # the store has failed over, and the job's end is taken back
+        if view.status is Status.FAILED:
             return Collected(results)
         values: dict[int, Value] = {}
         unreadable: list[ExportId] = []

@@ -149,6 +149,7 @@ class SimExecutor:
 
     def drain(self, is_draining: bool) -> None:
         """Take nothing new, or take again."""
+        self._world.counts["drains"] += is_draining
         self._core.is_draining = is_draining
 
     def die(self, cause: str) -> None:

@@ -73,7 +73,7 @@ def draw_faults(rng: Random, horizon_s: float, severity: float) -> Faults:
         begun = [a for a in moments(most) if a < until_s]
         return tuple((a, min(a + rng.uniform(0.1, longest_s), until_s)) for a in begun)
 
-    failovers = moments(3) if rng.random() < 0.5 else ()
+    failovers = moments(4) if rng.random() < 0.7 else ()
     return Faults(
         until_s=until_s,
         death=chance(0.1),
@@ -90,7 +90,7 @@ def draw_faults(rng: Random, horizon_s: float, severity: float) -> Faults:
         news_lost=chance(0.5),
         outages=spells(2, 80.0 if severity > 0.8 else 5.0),
         failovers=failovers,
-        lag_s=rng.choice((0.01, 0.2, 2.0)) if failovers else 0.0,
+        lag_s=rng.choice((0.01, 0.2, 2.0, 0.2 * horizon_s)) if failovers else 0.0,
         takes_blobs=rng.random() < 0.3,
         blob_losses=moments(3) if rng.random() < 0.4 else (),
         client_deaths=spells(2, 30.0),

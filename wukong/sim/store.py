@@ -286,10 +286,9 @@ class SimStore:
         self._changed()
         return invocations
 
-    def collect(self) -> tuple[tuple[Located, ...], Status]:
-        """See `JobStore.collect`; with the job's status, and without traces."""
-        job = self.rows.tables["j"].get(state.THE_JOB)
-        return state.results(self.rows), Status.RUNNING if job is None else job.status
+    def collect(self) -> tuple[tuple[Located, ...], JobView | None]:
+        """See `JobStore.collect`; with a view of the job, and without traces."""
+        return state.results(self.rows), state.view(self.rows)
 
     def view(self) -> JobView | None:
         """See `JobStore.view`."""
@@ -404,6 +403,15 @@ class SimStore:
         """Delete all blobs."""
         self.blobs.clear()
         self._put_at.clear()
+
+    def check_nothing_else_is_kept(self) -> None:
+        """Without faults, blobs are values that are still wanted, or known garbage."""
+        tables = self.rows.tables
+        kept = {entry.blob for row in tables["e"].values() for entry in row.entries}
+        kept.update(*(job.garbage for job in tables["j"].values()))
+        forgotten = sorted(self.blobs.keys() - kept)
+        if forgotten:
+            raise Violation(f"nobody knows of the blobs {forgotten}")
 
     def is_live(self, token: TokenId) -> bool:
         """Say whether the work under a token is still wanted."""

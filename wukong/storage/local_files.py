@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = Path("/dev/shm")
 SECRET_BYTES = 32
+DATA = "data.mdb"
 ALIVE = "alive"
 KEEP = "keep"
 SPILL = "spill"

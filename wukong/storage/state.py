@@ -294,10 +294,12 @@ def absorb(
     row = rows.get(TOKENS, token)
     if row is None or not row.running or row.attempt != attempt:
         return Refused(Reason.SPENT)
+    job = rows.get(JOB, THE_JOB)
     waiting = rows.get(WAITING, feed.strand)
     if waiting is None:
         waiting = WaitingRow(feed.strand, None, feed.n_inputs, ())
-    if waiting.n_missing != n_held:
+    # A strand that was done in an earlier generation waits for nothing (seed 9008).
+    if waiting.n_missing != n_held or job is None or feed.strand in job.done:
         return Refused(Reason.HELD)
     program = rows.get(PROGRAMS, waiting.base)
     assert program is not None, f"strand {waiting.base} has no program"

@@ -1,0 +1,418 @@
+"""Real faults: executors and clients that are killed or stopped, blobs that are lost, Ctrl-C."""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import dask
+import fault_tasks as tasks
+import psutil
+import pytest
+from click.testing import CliRunner
+
+import wukong
+from wukong import cli, errors
+from wukong.executor.messages import JobId
+from wukong.storage import open_store
+
+SOON_S = 20.0
+"""Far more than any wait below takes, and far less than a hang."""
+SEED = 20_200_113
+
+
+def wait_until(is_true, timeout_s: float = SOON_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def cluster():
+    """Two processes; afterwards the pool works, and the store is empty."""
+    with wukong.LocalCluster(2, timeout_s=60) as cluster:
+        cluster.get({"warm": (tasks.increment, 1)}, "warm")
+        yield cluster
+        assert cluster.get({"alive": (tasks.increment, 1)}, "alive", timeout_s=SOON_S) == 2
+        assert cluster.jobs() == ()
+        assert blob_files(Path(cluster.directory) / "blobs") == []
+
+
+# ---------------------------------------------------------------- tasks that kill executors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("exit at once", "exited with status 7"),
+        ("segfault", "SIGSEGV"),
+        ("killed", "SIGKILL, as the system does when memory runs out"),
+    ],
+)
+@pytest.mark.parametrize("n_others", [0, 999])
+def test_a_task_that_kills_its_executors_is_named(cluster, how, says, n_others) -> None:
+    graph = {("x", i): (tasks.increment, i) for i in range(n_others)}
+    graph |= {"before": (tasks.increment, 1), "it": (tasks.go_wrong, how, "before")}
+    graph["behind"] = (tasks.increment, "it")
+    begun_at = time.monotonic()
+    with pytest.raises(errors.TaskError, match=f"killed its executor 3 times.*{says}") as caught:
+        cluster.get(graph, list(graph))
+    assert time.monotonic() - begun_at < 3
+    assert caught.value.__notes__ == ["Raised by the task 'it'"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_deaths", [1, 2])
+def test_a_task_may_lose_an_executor_or_two(cluster, tmp_path, n_deaths) -> None:
+    graph = {("x", i): (tasks.increment, i) for i in range(50)}
+    graph["it"] = (tasks.die_at_first, str(tmp_path), "runs", n_deaths, ("x", 0))
+    assert cluster.get(graph, ["it", ("x", 49)]) == (1, 50)
+    assert tasks.runs(tmp_path) == {"runs": n_deaths + 1}
+    report = cluster.report()
+    assert report.deaths == n_deaths
+    assert "died before" in report.story("it")
+
+
+# ---------------------------------------------------------------- executors that are killed
+
+
+def kill_at_random(cluster, rng: random.Random, mean_s: float, stop: threading.Event) -> list[int]:
+    """Kill a living executor from time to time. Returns: the killed ones, when `stop` is set."""
+    killed = []
+    while not stop.wait(rng.expovariate(1 / mean_s)):
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            pid = rng.choice(cluster._pool.pids)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+    return killed
+
+
+def storm(cluster, n_jobs: int, duration_s: float) -> dict[str, float]:
+    """Jobs of 511 counted tasks under random kills, three a job. Returns: what was seen."""
+    graph = {("x", i): (tasks.sleep_and_add, duration_s, i) for i in range(256)}
+    for i in range(255):
+        graph["y", i] = (tasks.sleep_and_add, duration_s, ("x", i), ("x", i + 1))
+    wanted = tuple(2 * i + 1 for i in range(255))
+    keys = [("y", i) for i in range(255)]
+    calm_s = []
+    for _ in range(3):
+        begun_at = time.monotonic()
+        assert cluster.get(graph, keys) == wanted
+        calm_s.append(time.monotonic() - begun_at)
+    rng, stop = random.Random(SEED), threading.Event()
+    killed: list[int] = []
+    killer = threading.Thread(
+        target=lambda: killed.extend(kill_at_random(cluster, rng, min(calm_s) / 3, stop))
+    )
+    killer.start()
+    took_s, n_deaths = [], 0
+    try:
+        for _ in range(n_jobs):
+            begun_at = time.monotonic()
+            assert cluster.get(graph, keys) == wanted
+            took_s.append(time.monotonic() - begun_at)
+            n_deaths += cluster.report().deaths
+    finally:
+        stop.set()
+        killer.join(SOON_S)
+    return {
+        "jobs": n_jobs,
+        "kills": len(killed),
+        "deaths": n_deaths,
+        "calm_s": min(calm_s),
+        "median_s": sorted(took_s)[n_jobs // 2],
+        "worst_s": max(took_s),
+    }
+
+
+def check_storm(cluster, n_jobs: int) -> None:
+    before = set(os.listdir("/dev/shm"))
+    found = storm(cluster, n_jobs, 0.001)
+    logging.getLogger(__name__).info("%s", json.dumps(found))
+    assert found["kills"] >= 1.5 * n_jobs
+    assert found["worst_s"] - found["calm_s"] < 2.0, found
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.slow
+def test_jobs_survive_random_kills(cluster) -> None:
+    check_storm(cluster, 20)
+
+
+@pytest.mark.full
+def test_two_hundred_jobs_survive_random_kills(cluster) -> None:
+    check_storm(cluster, 200)
+
+
+@pytest.mark.slow
+def test_a_kill_costs_the_work_lost_and_little_more(cluster, tmp_path) -> None:
+    graph = {("x", i): (tasks.counted_sum, str(tmp_path), i, 0.02, i) for i in range(200)}
+    keys = list(graph)
+    cluster.get(graph, keys)
+    begun_at = time.monotonic()
+    cluster.get(graph, keys)
+    calm_s = time.monotonic() - begun_at
+    killer = threading.Timer(calm_s / 2, lambda: os.kill(cluster._pool.pids[0], signal.SIGKILL))
+    n_before = sum(tasks.runs(tmp_path).values())
+    killer.start()
+    begun_at = time.monotonic()
+    assert cluster.get(graph, keys) == tuple(range(1, 201))
+    took_s = time.monotonic() - begun_at
+    killer.join()
+    lost_s = 0.02 * (sum(tasks.runs(tmp_path).values()) - n_before - 200)
+    assert cluster.report().deaths == 1
+    assert took_s - calm_s - lost_s < 0.5
+
+
+@pytest.mark.slow
+def test_of_a_stopped_executor_and_its_successor_the_first_to_commit_wins(tmp_path) -> None:
+    graph = {("x", i): (tasks.counted_sum, str(tmp_path), i, 0.2, i) for i in range(8)}
+    with (
+        dask.config.set({"wukong.job.silence-s": 1.0, "wukong.executor.heartbeat-s": 0.2}),
+        wukong.LocalCluster(2, timeout_s=60) as cluster,
+    ):
+        cluster.get({"warm": (tasks.increment, 1)}, "warm")
+        stopped = cluster._pool.pids[0]
+
+        def stop_and_continue() -> None:
+            wait_until(lambda: len(tasks.runs(tmp_path)) >= 2)
+            os.kill(stopped, signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(stopped, signal.SIGCONT)
+
+        stopper = threading.Thread(target=stop_and_continue)
+        stopper.start()
+        assert cluster.get(graph, list(graph)) == tuple(range(1, 9))
+        report = cluster.report()
+        stopper.join()
+        assert report.deaths == 1
+        assert sum(tasks.runs(tmp_path).values()) > 8
+        # The one that was stopped goes on, is refused, and serves again.
+        assert cluster.get(dict.fromkeys(range(4), (tasks.sleep, 0.1)), [0, 1, 2, 3])
+        assert stopped in cluster._pool.pids
+        assert cluster.jobs() == ()
+
+
+# ---------------------------------------------------------------- clients that are interrupted
+
+
+def start_script(source: str, *arguments: object) -> subprocess.Popen:
+    path = [str(Path(wukong.__file__).parents[1]), str(Path(__file__).parent)]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 0])
+def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(tmp_path, processes) -> None:
+    script = start_script(
+        """
+        import sys, time, fault_tasks as tasks, wukong
+        folder, processes = sys.argv[1], bool(int(sys.argv[2]))
+        with wukong.LocalCluster(2, processes) as cluster:
+            graph = {("x", i): (tasks.counted_sum, folder, i, 5, i) for i in range(20)}
+            try:
+                cluster.get(graph, list(graph))
+            except KeyboardInterrupt:
+                print("interrupted", cluster.jobs(), flush=True)
+            begun_at = time.monotonic()
+            print(cluster.get({i: (tasks.sleep, 0.2) for i in range(4)}, list(range(4))))
+            print(time.monotonic() - begun_at < 4.5)
+        """,
+        tmp_path,
+        processes,
+    )
+    wait_until(lambda: len(tasks.runs(tmp_path)) >= 2)
+    script.send_signal(signal.SIGINT)
+    out, _ = script.communicate(timeout=SOON_S)
+    assert out.splitlines() == ["interrupted ()", "(0.2, 0.2, 0.2, 0.2)", "True"]
+    assert script.returncode == 0
+    assert sum(tasks.runs(tmp_path).values()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [True, False])
+def test_ctrl_c_may_come_at_any_moment(processes) -> None:
+    graph = {("x", i): (tasks.increment, i) for i in range(500)}
+    rng = random.Random(SEED)
+    n_interrupted = 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with wukong.LocalCluster(2, processes, timeout_s=SOON_S) as cluster:
+            for _ in range(40):
+                with contextlib.suppress(KeyboardInterrupt):
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.03))
+                        for _ in range(100):
+                            cluster.get(graph, list(graph))
+                    finally:
+                        n_interrupted += 1
+                assert cluster.get(graph, list(graph)) == tuple(range(1, 501))
+            assert n_interrupted == 40
+            assert cluster.jobs() == ()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------- clients that are killed
+
+
+CLIENT = """
+    import sys, fault_tasks as tasks, wukong
+    directory, folder, duration_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    with wukong.LocalCluster(2, directory=directory) as cluster:
+        cluster.get({"warm": (tasks.sleep, 0.1), "too": (tasks.sleep, 0.1)}, ["warm", "too"])
+        print("ready", flush=True)
+        graph = {("x", i): (tasks.counted_sum, folder, i, duration_s, i) for i in range(64)}
+        cluster.get(graph, list(graph))
+"""
+
+
+def kill_client(directory: Path, folder: Path, duration_s: float, n_runs: int) -> JobId:
+    """Kill a client in mid-job, and wait for its executors. Returns: the job."""
+    script = start_script(CLIENT, directory, folder, duration_s)
+    assert script.stdout is not None
+    assert script.stdout.readline() == "ready\n"
+    wait_until(lambda: len(tasks.runs(folder)) >= n_runs)
+    executors = psutil.Process(script.pid).children(recursive=True)
+    assert len(executors) == 3  # and their zygote
+    script.kill()
+    script.communicate(timeout=SOON_S)
+    assert psutil.wait_procs(executors, timeout=5.0)[1] == []
+    store = open_store(f"local://{directory}")
+    try:
+        (job,) = store.jobs.jobs()
+        return job
+    finally:
+        store.jobs.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "runs"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("duration_s", [0.002, 0.05, 0.5])
+def test_a_job_whose_client_is_killed_can_be_attached_to(tmp_path, folder, duration_s) -> None:
+    directory = tmp_path / "store"
+    job = kill_client(directory, folder, duration_s, 10 if duration_s < 0.5 else 2)
+    n_before = len(tasks.runs(folder))
+    assert 2 <= n_before < 64
+    assert wukong.attach(job, directory, timeout_s=60) == tuple(range(1, 65))
+    # What was running when the client died has been committed too, so that nothing runs twice.
+    assert set(tasks.runs(folder).values()) == {1}
+    with pytest.raises(errors.JobNotFound):
+        wukong.attach(job, directory)
+
+
+@pytest.mark.slow
+def test_a_long_task_is_run_again_but_not_what_was_done_before_it(tmp_path, folder) -> None:
+    directory = tmp_path / "store"
+    script = start_script(
+        """
+        import sys, fault_tasks as tasks, wukong
+        with wukong.LocalCluster(1, directory=sys.argv[1]) as cluster:
+            took_s = [0] * 30 + [30] + [0] * 9
+            graph = {("x", i): (tasks.counted_sum, sys.argv[2], i, took_s[i]) for i in range(40)}
+            cluster.get(graph, list(graph))
+        """,
+        directory,
+        folder,
+    )
+    wait_until(lambda: "30" in tasks.runs(folder))
+    n_before = len(tasks.runs(folder))
+    executors = psutil.Process(script.pid).children(recursive=True)
+    script.kill()
+    script.communicate(timeout=SOON_S)
+    assert psutil.wait_procs(executors, timeout=5.5)[1] == []
+    store = open_store(f"local://{directory}")
+    (job,) = store.jobs.jobs()
+    view = store.jobs.view(job)
+    store.jobs.close()
+    assert view is not None
+    assert (view.n_tasks_done, view.n_running) == (n_before - 1, 0)
+
+
+@pytest.mark.slow
+def test_the_sweeper_wakes_a_pool_for_a_job_without_client(tmp_path, folder) -> None:
+    directory = tmp_path / "store"
+    job = kill_client(directory, folder, 0.02, 10)
+    run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
+    assert run.exit_code == 0
+    assert f"job {job}: running" in run.output
+    assert "no executors wait there" in run.output
+    with wukong.LocalCluster(1, directory=directory) as cluster:
+        cluster._pool.ready(SOON_S)
+        run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
+        assert "pools woken: 1" in run.output or "done" in run.output
+        wait_until(lambda: cluster._store.jobs.view(job).status == 2)
+        run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
+        assert f"job {job}: done, 64 of 64 tasks done" in run.output
+        assert cluster.attach(job) == tuple(range(1, 65))
+
+
+def test_the_sweeper_says_that_there_is_no_store(tmp_path) -> None:
+    run = CliRunner().invoke(cli.main, ["sweep", str(tmp_path), "--once"])
+    assert run.exit_code == 1
+    assert "there is no job store" in run.output
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- blobs that are lost
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, alter])
+def test_a_lost_blob_is_made_again(cluster, folder, damage) -> None:
+    size = 300_000
+    graph = {("x", i): (tasks.ones_after, str(folder), i, size) for i in range(8)}
+    graph["wait"] = (tasks.wait_for, str(folder / "go"))
+    graph["it"] = (tasks.n_bytes_after, "wait", *[("x", i) for i in range(8)])
+    blobs = Path(cluster.directory) / "blobs"
+
+    def damage_one() -> None:
+        wait_until(lambda: len(tasks.runs(folder)) == 8 and blob_files(blobs))
+        time.sleep(0.3)
+        damage(blob_files(blobs)[0])
+        (folder / "go").touch()
+
+    damager = threading.Thread(target=damage_one)
+    damager.start()
+    assert cluster.get(graph, "it") == 8 * size
+    damager.join(SOON_S)
+    runs = tasks.runs(folder)
+    assert runs.pop("go") == 0
+    assert 8 < sum(runs.values()) <= 16
+
+
+def blob_files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1000
+    )
