@@ -16,10 +16,8 @@ from wukong.executor.core import ExecutorCore
 from wukong.executor.messages import (
     Absorbed,
     Commit,
-    Committed,
     Delete,
     Entry,
-    Put,
     PutValues,
     Receipt,
     Refused,
@@ -57,7 +55,7 @@ def commit_without_the_token_check(patch: Patch) -> None:
 @mutation
 def fan_in_owned_by_an_executor(patch: Patch) -> None:
     """Whoever makes the last input knows of the strand; the store does not."""
-    real_mint, real_commit, real_start = state._mint, state.commit, state.start
+    real_mint, real_commit = state._mint, state.commit
     owned: dict[TokenId, Any] = {}
 
     def mint(rows: Any, job: Any, request: Commit, ready: Any, now: float) -> Receipt:
@@ -74,7 +72,6 @@ def fan_in_owned_by_an_executor(patch: Patch) -> None:
 
     patch.setattr(state, "_mint", mint)
     patch.setattr(state, "commit", commit)
-    patch.setattr(state, "start", real_start)
 
 
 @mutation
@@ -407,6 +404,3 @@ def a_split_of_a_part_that_follows_an_absorbed_one_forgets_it(patch: Patch) -> N
         return replace(made, done_exports=kept)
 
     patch.setattr(core, "split_rest", split_rest)
-
-
-__all__ = ["MUTATIONS", "Committed", "Put"]

@@ -71,6 +71,7 @@ def test_results_have_the_shape_of_the_request(cluster) -> None:
     assert cluster.get(dsk, []) == ()
 
 
+@pytest.mark.slow
 def test_collections_compute(cluster) -> None:
     x = da.arange(1000, chunks=100)
     assert (x * 2).sum().compute(scheduler=cluster.get) == 999_000
@@ -231,6 +232,7 @@ def test_a_job_past_its_deadline_says_how_it_stood(cluster) -> None:
     assert "0 of 4 tasks done, 2 strands running, 2 queued, 0 retried, 0 attempts lost" in text
 
 
+@pytest.mark.slow
 def test_a_waiting_client_says_what_it_waits_for_less_and_less_often(mode, caplog) -> None:
     with dask.config.set({"wukong.job.log-after-s": 0.05}), start_cluster(mode, 1) as cluster:
         cluster.get({"warm": (tasks.increment, 1)}, "warm")
@@ -242,6 +244,7 @@ def test_a_waiting_client_says_what_it_waits_for_less_and_less_often(mode, caplo
     assert all("0 of 1 tasks done, 1 strands running" in line for line in waited)
 
 
+@pytest.mark.slow
 def test_closing_a_cluster_cancels_what_other_threads_wait_for(mode) -> None:
     cluster = start_cluster(mode, 1)
     found: list[BaseException] = []

@@ -1,6 +1,6 @@
 """Random jobs in random worlds: nothing wrong is ever seen, and broken rules are found out.
 
-The seeds are fixed. New ones are explored by hand: `python -m wukong.sim --seed 10000 --count 1000`.
+The seeds are fixed. New ones are explored by hand: `python -m wukong.sim --seed 9000 --count 999`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wukong.sim import (
     run_world,
     simulate,
 )
-from wukong.sim.dags import SHAPES, prediction, tree_reduction
+from wukong.sim.dags import prediction, tree_reduction
 from wukong.sim.seeds import CALM_EVERY, draw_setting, run_seed
 
 N_SEEDS = 2_000
@@ -36,8 +36,12 @@ N_FAST = 100
 FAST_BLOCK = 5
 SLOW_BLOCK = 100
 
-# A seed that catches the mutation; when it no longer does, all seeds are tried.
-CAUGHT_BY: dict[str, int] = {}
+# A seed that catches a mutation which few others catch; if it no longer does, all seeds are tried.
+CAUGHT_BY = {
+    "a_split_counts_inputs_by_occurrence": 1221,
+    "blob_ids_without_the_attempt": 264,
+    "token_ids_from_a_counter_of_the_store": 567,
+}
 
 
 def block_id(first: int) -> str:
@@ -69,7 +73,7 @@ def test_the_seeds_see_every_kind_of_fault() -> None:
 
 
 def test_the_seeds_go_round_all_shapes_with_each_switch() -> None:
-    settings = [draw_setting(seed) for seed in range(200)]
+    settings = [draw_setting(seed) for seed in range(84)]
     assert {(s.policy.split, s.policy.absorb_bytes > 0) for s in settings} == {
         (False, False),
         (False, True),
@@ -77,8 +81,7 @@ def test_the_seeds_go_round_all_shapes_with_each_switch() -> None:
         (True, True),
     }
     assert {s.platform.name for s in settings} == {"local", "lambda"}
-    assert sum(s.faults.are_none for s in settings) == 53
-    assert len(SHAPES) * CALM_EVERY <= 28
+    assert sum(s.faults.are_none for s in settings) * CALM_EVERY == len(settings)
 
 
 @pytest.mark.parametrize("broken", MUTATIONS, ids=lambda broken: str(broken.__name__))

@@ -101,7 +101,10 @@ class LocalCluster:
                 self._own_directory = default_directory()
             self.directory = os.fspath(directory or self._own_directory or "")
             url = f"local://{os.path.abspath(self.directory)}"
-            options = {"silence_s": self._silence_s, "limit_bytes": self._memory_limit}
+            options: dict[str, Any] = {
+                "silence_s": self._silence_s,
+                "limit_bytes": self._memory_limit,
+            }
             self._store = open_store(url, **options)
             self._pool = ProcessPool(
                 url,

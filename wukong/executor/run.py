@@ -408,8 +408,7 @@ class Executor:
         program: Program,
     ) -> object:
         """Run a task that raised again, as often as it is annotated. Returns its value or error."""
-        n_retries = program.retries.get(task, 0)
-        for attempt in range(n_retries):
+        for attempt in range(program.retries.get(task, 0)):
             self._record.retried[task] = attempt + 1
             try:
                 return func(*[self._values[slot] for slot in slots])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from wukong.errors import SerializationError
 from wukong.executor.messages import Part
-from wukong.executor.serialize import Buffer, Codec, Encoded, pickle_value
+from wukong.executor.serialize import Buffer, Codec, Encoded, is_plain, pickle_value
 
 if TYPE_CHECKING:
     from wukong.scheduler.calls import Call
@@ -72,7 +72,7 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
         list(literals.values()),
     )
     try:
-        return codec.encode(payload, context)
+        return codec.encode(payload, context, is_plain=is_plain(payload[-1]))
     except SerializationError as error:
         found = _first_unpicklable(program)
         raise (found or error) from error.__cause__

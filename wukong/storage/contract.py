@@ -220,3 +220,7 @@ class BlobStore(Protocol):
     def used_bytes(self) -> int:
         """Bytes of all blobs."""
         ...
+
+    def close(self) -> None:
+        """Release what this process holds of the store; blobs, and views of them, stay."""
+        ...
