@@ -36,6 +36,7 @@ test-fast: venv
 
 test-full: check
 	$(BIN)/python -m pytest -q --full
+	$(BIN)/python -m tests.dask_suites --full
 
 bench: venv
 	$(BIN)/wukong bench micro

@@ -131,3 +131,11 @@ def wait_for(path):
 
 def n_bytes_after(_, *values):
     return sum(map(len, values))
+
+
+def sleep_at_first(folder, name, duration_s):
+    """Sleeps in its first run only. Returns: the number of the run."""
+    n = count(folder, name)
+    if n == 1:
+        time.sleep(duration_s)
+    return n

@@ -11,6 +11,7 @@ from wukong.executor.messages import (
     Located,
     Part,
     Relaunch,
+    RunningToken,
     Status,
     StrandId,
     TokenId,
@@ -22,6 +23,8 @@ from wukong.scheduler.job import (
     Collected,
     Created,
     CreateJob,
+    Duplicated,
+    DuplicateTokens,
     End,
     Finish,
     InvokeTokens,
@@ -29,19 +32,21 @@ from wukong.scheduler.job import (
     JobEvent,
     JobPolicy,
     ListRecorded,
+    ListRunning,
     LogWaiting,
     MarkLost,
     Recorded,
     Relaunched,
     RelaunchJob,
+    RunningListed,
     StoreDown,
     SweepJob,
     Swept,
     Unreadable,
     Watched,
     WatchJob,
-    plan_relaunch,
 )
+from wukong.scheduler.recovery import find_stragglers, plan_relaunch
 
 JOB = JobId("job")
 POLICY = JobPolicy(sweep_s=5.0, log_after_s=7.0, give_up_s=60.0, retry_s=0.2)
@@ -292,3 +297,85 @@ def test_a_strand_that_is_done_is_not_fed_again() -> None:
     assert request.entries == (StrandId("0"),)
     assert request.done == (StrandId("1"),)
     assert request.n_requested == 1
+
+
+def test_what_may_not_run_again_is_an_error_and_not_run() -> None:
+    core = JobCore(JOB, chain(3), POLICY, REQUEST, once=frozenset({1}))
+    core.start(0.0)
+    lost = view(lost=(ExportId("1"),))
+    core.handle(Watched(lost), 1.0)
+    assert core.handle(Recorded((ExportId("0"),)), 1.1) == [
+        CancelJob(),
+        Finish(End.NOT_REPEATABLE, lost),
+    ]
+
+
+def test_what_need_not_run_again_may_be_unrepeatable() -> None:
+    core = JobCore(JOB, chain(3), POLICY, REQUEST, once=frozenset({0}))
+    core.start(0.0)
+    core.handle(Watched(view(lost=(ExportId("1"),))), 1.0)
+    (relaunch,) = core.handle(Recorded((ExportId("0"),)), 1.1)
+    assert isinstance(relaunch, RelaunchJob)
+
+
+def test_a_value_that_was_made_from_a_constant_which_is_gone_is_an_error() -> None:
+    parts = chain(1)
+    parts[0] = parts[0]._replace(inputs=((ExportId("c0"), (-1,)),))
+    driven = launched(parts=parts)
+    lost = view(lost=(ExportId("0"),))
+    driven.handle(Watched(lost), 1.0)
+    assert driven.handle(Recorded(()), 1.1) == [CancelJob(), Finish(End.CONSTANT_LOST, lost)]
+
+
+# ---------------------------------------------------------------- stragglers
+
+
+FINISHED = ((10, 1.0),) * 8
+LATE = (RunningToken(TokenId("late"), StrandId("0"), None, 1),)
+
+
+def test_a_run_far_beyond_what_others_took_is_a_straggler() -> None:
+    running = [(TokenId("late"), 10, 0.0), (TokenId("long"), 100, 0.0), (TokenId("new"), 10, 9.0)]
+    assert find_stragglers(FINISHED, running, 4.0) == ()
+    assert find_stragglers(FINISHED, running, 4.1) == ("late",)
+    assert find_stragglers(FINISHED, running, 41.0) == ("late", "long", "new")
+
+
+def test_nothing_is_late_before_something_is_known() -> None:
+    assert find_stragglers(FINISHED[:2], [(TokenId("a"), 1, 0.0)], 1e9) == ()
+    assert find_stragglers(FINISHED, [(TokenId(str(i)), 1, 0.0) for i in range(9)], 1e9) == ()
+
+
+def test_a_second_is_not_late_however_short_tasks_are() -> None:
+    assert find_stragglers(((10, 1e-6),) * 8, [(TokenId("a"), 1, 0.0)], 0.9) == ()
+
+
+def speculating(once: frozenset[int]) -> JobCore:
+    core = JobCore(JOB, chain(1), JobPolicy(sweep_s=5.0, speculate=True), REQUEST, once)
+    core.start(0.0)
+    core.handle(Created(TOKENS), 0.0)
+    core.handle(Watched(view()), 5.0)
+    assert core.handle(Swept(()), 5.0) == [InvokeTokens(()), ListRunning()]
+    # It is seen for the first time: nothing is known of when it began.
+    assert core.handle(RunningListed(LATE, FINISHED), 5.0) == [WatchJob(1, 5.0)]
+    core.handle(Watched(view()), 10.0)
+    core.handle(Swept(()), 10.0)
+    return core
+
+
+def test_a_straggler_is_started_again() -> None:
+    core = speculating(frozenset())
+    assert core.handle(RunningListed(LATE, FINISHED), 10.0) == [DuplicateTokens((TokenId("late"),))]
+    again = (Invocation(JOB, TokenId("late")),)
+    assert core.handle(Duplicated(again), 10.1)[0] == InvokeTokens(again)
+
+
+def test_a_straggler_that_may_run_once_is_waited_for() -> None:
+    core = speculating(frozenset({0}))
+    assert isinstance(core.handle(RunningListed(LATE, FINISHED), 10.0)[-1], WatchJob)
+
+
+def test_a_straggler_is_not_started_a_third_time() -> None:
+    core = speculating(frozenset())
+    late = (LATE[0]._replace(n_starts=2),)
+    assert isinstance(core.handle(RunningListed(late, FINISHED), 10.0)[-1], WatchJob)

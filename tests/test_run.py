@@ -7,12 +7,14 @@ every interruption comes at a known place.
 import threading
 from collections.abc import Callable
 
+import dask
 import pytest
 
 from wukong.executor import run
 from wukong.executor.core import Policy
 from wukong.executor.messages import HolderId, JobId, Status
 from wukong.executor.run import Executor
+from wukong.executor.wire import raise_error
 from wukong.job_driver import resolve
 from wukong.scheduler.costs import Costs
 from wukong.scheduler.graph import plan_graph
@@ -69,9 +71,12 @@ class World:
 
         return Executor(HolderId(name), self.store, self.invoker, Policy(**policy), on_stuck)
 
-    def launch(self, graph, keys, n_executors: int = 1, fail_fast: bool = True) -> Submission:
+    def launch(
+        self, graph, keys, *, n_executors: int = 1, fail_fast: bool = True, is_cut: bool = True
+    ) -> Submission:
+        """Create a job; each task is a strand of its own if it is not cut."""
         plan = plan_graph(graph, keys)
-        cut = cut_plan(plan, n_executors, Costs())
+        cut = cut_plan(plan, n_executors, Costs() if is_cut else None)
         submission = submit_plan(plan, cut, self.store, fail_fast=fail_fast, n_retries=0)
         assert submission.request is not None
         self.store.jobs.create(submission.request)
@@ -109,8 +114,8 @@ def world(request, tmp_path, monkeypatch):
 
 def run_all(*executors: Executor) -> None:
     """Let each of them take tokens until nothing is queued."""
-    while world_is_busy := [executor for executor in executors if executor.take()]:
-        assert world_is_busy
+    while sum(executor.take() for executor in executors):
+        pass
 
 
 def independent(n: int) -> dict:
@@ -134,10 +139,15 @@ def test_a_strand_is_one_commit_whatever_it_holds(world) -> None:
 
 
 def test_an_executor_becomes_what_it_has_made_ready(world) -> None:
-    submission = world.launch(chain(40), ("x", 39), n_executors=4)
-    assert world.view(submission.job).n_strands > 1
-    assert world.executor().take()
-    assert world.view(submission.job).status is Status.DONE
+    graph = {("x", i): (task, i) for i in range(4)}
+    graph |= {("y", i): (task, 4 + i, ("x", 2 * i), ("x", 2 * i + 1)) for i in range(2)}
+    graph["z"] = (task, 6, ("y", 0), ("y", 1))
+    submission = world.launch(graph, "z", is_cut=False)
+    run_all(world.executor())
+    assert world.results(submission) == 7
+    records = [run.trace.read(packed) for packed in world.store.jobs.traces(submission.job)]
+    assert [record.is_invoked for record in records].count(True) == 4
+    assert [record.is_invoked for record in records].count(False) == 3
     assert world.invoker.n_invoked == 0
 
 
@@ -197,9 +207,7 @@ def a_fan_in(n_bytes: int) -> dict:
 def test_the_last_input_of_a_strand_is_never_put(world, absorb_bytes, n_blobs) -> None:
     if world.store.blobs is None:
         pytest.skip("objects are never put")
-    submission = world.launch(a_fan_in(200_000), "all", n_executors=1)
-    if world.view(submission.job).n_strands == 1:
-        pytest.skip("one strand holds it all")
+    submission = world.launch(a_fan_in(200_000), "all", is_cut=False)
     run_all(world.executor(absorb_bytes=absorb_bytes))
     assert world.results(submission) == 800_000
     records = [run.trace.read(packed) for packed in world.store.jobs.traces(submission.job)]
@@ -347,8 +355,9 @@ def test_a_task_that_goes_on_after_its_job_is_stuck_once(world, monkeypatch) -> 
 
 
 def test_a_commit_of_a_job_that_is_over_leaves_no_blob(world) -> None:
-    graph = {"a": (large, 0, 200_000), "b": (task, 1)}
+    graph = {"a": (large, 0, 200_000), "b": (task, 1, (len, "a"))}
     submission = world.launch(graph, ["a", "b"])
+    assert world.view(submission.job).n_strands == 1
     interruptions[1] = lambda: world.store.jobs.cancel(submission.job)
     run_all(world.executor())
     if world.store.blobs is not None:
@@ -367,9 +376,68 @@ def test_a_program_that_is_gone_is_an_error_of_the_job(world) -> None:
     assert "MissingBlob" in submission.wire.read_error(view.error).type_name
 
 
+# ---------------------------------------------------------------- second starts
+
+
+def test_of_two_attempts_the_first_commit_wins(world) -> None:
+    submission = world.launch(chain(3), ("x", 2))
+    one, two = world.executor("one", heartbeat_s=0.0), world.executor("two")
+    jobs = world.store.jobs
+
+    def start_again() -> None:
+        (token,) = jobs.running(submission.job)
+        assert token.n_starts == 1
+        assert [i.token for i in jobs.duplicate(submission.job, [token.token])] == [token.token]
+        assert jobs.duplicate(submission.job, [token.token]) == ()
+        one.beat()
+        assert two.take()
+        assert jobs.running(submission.job) == ()
+
+    interruptions[1] = start_again
+    run_all(one)
+    assert world.results(submission) == 3
+    view = world.view(submission.job)
+    assert (view.n_commits, view.n_tasks_done, view.n_deaths) == (1, 3, 0)
+    assert n_runs == {0: 2, 1: 2, 2: 2}
+
+
+# ---------------------------------------------------------------- tasks that may run once
+
+
+@pytest.mark.parametrize("fail_fast", [True, False])
+def test_a_task_that_may_run_once_is_not_run_after_a_death(world, fail_fast) -> None:
+    with dask.annotate(repeatable=False):
+        submission = world.launch(independent(3), list(independent(3)), fail_fast=fail_fast)
+    dead = HolderId("dead")
+    assert world.store.jobs.take(dead, run.new_attempt()) is not None
+    world.store.jobs.release(dead, "was killed")
+    run_all(world.executor())
+    assert n_runs.get(0, 0) == 0
+    view = world.view(submission.job)
+    if fail_fast:
+        assert view.status is Status.FAILED
+        text = str(raise_error(submission.wire.read_error(view.error), "it"))
+    else:
+        assert view.status is Status.DONE
+        text = str(raise_error(world.results(submission)[0], "it"))
+    assert text == "the task may not be run again, and an executor that held it was killed"
+
+
+def test_a_task_that_may_run_once_is_not_handed_over(world) -> None:
+    with dask.annotate(repeatable=False):
+        submission = world.launch(independent(3), list(independent(3)))
+    one = world.executor("one")
+    interruptions[0] = lambda: (one.drain(), one.beat())
+    run_all(one)
+    run_all(world.executor("two"))
+    assert world.results(submission) == (1,) * 3
+    assert n_runs == {0: 1, 1: 1, 2: 1}
+
+
 # ---------------------------------------------------------------- several threads
 
 
+@pytest.mark.slow
 def test_a_heartbeat_thread_may_split_at_any_moment(world) -> None:
     n_tasks = 3000
     submission = world.launch(independent(n_tasks), list(independent(n_tasks)))

@@ -39,6 +39,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.executor.serialize*",
         "wukong.report*",
         "wukong.scheduler.parts",
+        "wukong.scheduler.recovery",
         "wukong.storage.blobfiles",
     ),
     (
@@ -77,6 +78,7 @@ PURE = {
     "wukong.executor.split",
     "wukong.rdma.lease",
     "wukong.scheduler.job",
+    "wukong.scheduler.recovery",
     "wukong.scheduler.strands",
     "wukong.storage.contract",
     "wukong.storage.state",

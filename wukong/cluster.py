@@ -153,6 +153,13 @@ class LocalCluster:
             GraphError: the graph cannot be run as it is; nothing has been started.
             JobTimeout: the deadline passed.
             Exception: what a task raised, with the remote traceback as its `__cause__`.
+
+        Tasks may be annotated (`dask.annotate`): `retries=n` runs a task that raises up to n times
+        more, `repeatable=False` ends the job in a `TaskError` where a task would have to run again
+        since an executor died, and `priority` orders jobs. An annotation around `compute` holds for
+        all tasks; one around the making of an array or a bag is lost when Dask fuses its tasks,
+        with every scheduler, unless `optimization.fuse.active` is set to False. Retries of
+        everything: `wukong.job.retries` in the configuration.
         """
         size = _pool_size(pool or dask.config.get("pool", None))
         size = size or num_workers or dask.config.get("num_workers", None) or self.n_workers
@@ -217,6 +224,7 @@ class LocalCluster:
             sweep_s=self._silence_s / 2,
             deadline_s=self._timeout_s if timeout_s is None else timeout_s,
             log_after_s=float(config.get("job.log-after-s")),
+            speculate=bool(config.get("job.speculate")),
         )
         run = JobRun(submission, self._store, self._pool, policy, on_tasks)
         with self._changed:

@@ -18,7 +18,9 @@ from wukong.errors import (
     JobCancelled,
     JobNotFound,
     JobTimeout,
+    MissingBlob,
     StoreUnavailable,
+    TaskError,
     WukongError,
 )
 from wukong.executor.messages import (
@@ -38,6 +40,8 @@ from wukong.scheduler.job import (
     Collected,
     Created,
     CreateJob,
+    Duplicated,
+    DuplicateTokens,
     End,
     Finish,
     InvokeTokens,
@@ -46,11 +50,13 @@ from wukong.scheduler.job import (
     JobEvent,
     JobPolicy,
     ListRecorded,
+    ListRunning,
     LogWaiting,
     MarkLost,
     Recorded,
     Relaunched,
     RelaunchJob,
+    RunningListed,
     StoreDown,
     SweepJob,
     Swept,
@@ -97,7 +103,13 @@ class JobRun:
         """The store may know the job, and nobody else will remove it."""
         self.values: dict[int, Any] = {}
         """The requested values, by task."""
-        self._core = JobCore(self._job, submission.manifest.parts, policy, submission.request)
+        self._core = JobCore(
+            self._job,
+            submission.manifest.parts,
+            policy,
+            submission.request,
+            submission.manifest.once,
+        )
         self.view: JobView | None = None
         self.report: Report | None = None
 
@@ -148,6 +160,11 @@ class JobRun:
                 return Watched(self._watch(version, timeout_s))
             case SweepJob():
                 return Swept(self._jobs.expired(self._job))
+            case ListRunning():
+                return RunningListed(self._jobs.running(self._job), self._finished_runs())
+            case DuplicateTokens(tokens):
+                logger.info("job %s: %d strands are late, and start again", self._job, len(tokens))
+                return Duplicated(self._jobs.duplicate(self._job, tokens))
             case ListRecorded():
                 logger.warning("job %s: stored values were lost; running again", self._job)
                 return Recorded(self._jobs.recorded(self._job))
@@ -164,6 +181,10 @@ class JobRun:
                 self._submission.traffic.n_round_trips -= 1
                 logger.info("%s", describe_waiting(view, waited_s))
         return None
+
+    def _finished_runs(self) -> tuple[tuple[int, float], ...]:
+        records = map(trace.read, self._jobs.traces(self._job))
+        return tuple((len(trace.ints(r.tasks)), r.ran_at - r.begun_at) for r in records)
 
     def _watch(self, version: int, timeout_s: float) -> JobView | None:
         if self._on_tasks is None:
@@ -243,6 +264,16 @@ class JobRun:
                 return WukongError(
                     f"job {self._job}: stored values were lost again and again; "
                     "does anything delete files in the store's directory?"
+                )
+            case End.NOT_REPEATABLE:
+                return TaskError(
+                    f"job {self._job}: stored values were lost, and tasks that may not be run "
+                    "again (repeatable=False) would have to make them"
+                )
+            case End.CONSTANT_LOST:
+                return MissingBlob(
+                    f"job {self._job}: stored values were lost, and could only be made again from "
+                    "a constant that is not stored any more; compute it once more"
                 )
         raise InternalError(f"job {self._job} ended as {finish.end!r}")
 

@@ -32,7 +32,7 @@ from wukong.executor.messages import (
     StrandId,
 )
 from wukong.executor.serialize import size_of
-from wukong.executor.serialize_programs import Program
+from wukong.executor.serialize_programs import ONCE, Program
 from wukong.executor.wire import (
     PutRequest,
     Traffic,
@@ -65,6 +65,8 @@ class Manifest(NamedTuple):
     literals: dict[int, Any]
     """Requested constants, by slot."""
     parts: list[Part]
+    once: frozenset[int]
+    """Tasks that may not be run again."""
 
 
 @dataclass(slots=True)
@@ -116,6 +118,9 @@ def _describe(
     retries = {t: int(a["retries"]) for t, a in plan.annotations.items() if "retries" in a}
     if n_retries:
         retries = {**dict.fromkeys(range(len(plan.keys)), n_retries), **retries}
+    # Annotated with repeatable=False.
+    once = [t for t, a in plan.annotations.items() if a.get("repeatable") is False]
+    retries.update(dict.fromkeys(once, ONCE))
     sources: tuple[Output, ...] = ()
     if wire.is_measured:
         sources, parts = _share_constants(plan, parts, job, wire)
@@ -132,7 +137,7 @@ def _describe(
         if all(export in source_ids for export, _ in part.inputs)
     ]
     requested_literals = {slot: plan.literals[~slot] for slot in _slots(plan.requested) if slot < 0}
-    manifest = Manifest(plan.keys, plan.requested, requested_literals, parts)
+    manifest = Manifest(plan.keys, plan.requested, requested_literals, parts, frozenset(once))
     priorities = [a["priority"] for a in plan.annotations.values() if "priority" in a]
     request = Create(
         job=job,

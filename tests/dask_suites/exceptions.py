@@ -6,5 +6,9 @@ LEFT_OUT = {
 }
 """Files, under site-packages."""
 
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS: dict[str, str] = {
+    "tests/test_local.py::test_ordering": (
+        "asks for Dask's own order of tasks that do not depend on each other"
+    ),
+}
 """End of a test's id -> why its outcome may differ."""

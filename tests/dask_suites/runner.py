@@ -19,7 +19,7 @@ SUITES = ("dask.array", "dask.bag", "dask.dataframe", "dask.diagnostics", "dask.
 SIDES = ("dask", "wukong")
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 """Of one test; the longest takes a third of it on two busy cores."""
 N_RESTARTS_MAX = 20
 """A test that ends its process is recorded, and the rest runs in a new one, so many times."""

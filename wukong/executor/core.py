@@ -85,6 +85,9 @@ class Policy:
     """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
     split: bool = True
     """Give away the rest of a strand that runs long while executors are idle."""
+    split_bytes_per_s: float = 2e7
+    """A split may store so many bytes for each second of work that is left: a fiftieth of what
+    storing them takes at 1 GB/s."""
     heartbeat_s: float = 1.0
     """Time between renewals of a running token."""
     n_deaths_max: int = 3
@@ -147,6 +150,10 @@ class _Work:
     failed: bytes | object | None = None
     blobs: tuple[BlobId, ...] = ()
     """Blobs that this attempt has put and not yet committed."""
+    is_once: bool = False
+    """A task of the part may not be run again."""
+    run_at: float = 0.0
+    """When the part that runs now was begun."""
     doomed: bool = False
     """The token is spent or the job is over: stop, and record nothing."""
 
@@ -208,14 +215,14 @@ class ExecutorCore:
                 return self._begin(grant, now)
             case Started(Refused() as refused):
                 return self._idle(refused)
-            case Fetched(part):
-                return self._fetched(part, now)
+            case Fetched(part, is_once):
+                return self._fetched(part, is_once, now)
             case FetchFailed(exports):
                 return self._lost(exports)
             case Ran():
                 return self._ran(event)
             case Overdue():
-                return self._split_running(event)
+                return self._split_running(event, now)
             case AbsorbAnswered(Absorbed() as absorbed):
                 return self._absorb(absorbed)
             case AbsorbAnswered(Refused()):
@@ -287,17 +294,20 @@ class ExecutorCore:
         self.phase = Phase.FETCHING
         return [Fetch(grant.job, grant.base, grant.program, grant.part, grant.inputs)]
 
-    def _fetched(self, part: Part, now: float) -> list[Action]:
+    def _fetched(self, part: Part, is_once: bool, now: float) -> list[Action]:
         work = self._held()
-        work.part = part
+        work.part, work.is_once = part, is_once
         ours = set(work.inputs)
         for export, values in part.inputs:
             if export in ours:  # the others are outputs of this work, read by a strand it absorbed
                 work.recorded.update(dict.fromkeys(values, export))
         self.phase = Phase.RUNNING
+        work.run_at = now
         if work.doomed:
             return self._idle(None)
         n_tasks, limit = len(part.tasks), _limit(work)
+        if is_once and work.n_deaths:
+            return [Condemn(part, 0, work.cause)]
         if n_tasks == 1 and work.n_starts > self.policy.n_deaths_max:
             return [Condemn(part, work.n_starts - 1, work.cause)]
         if limit == 1 < min(n_tasks, work.n_starts):
@@ -496,13 +506,13 @@ class ExecutorCore:
         work.specs = work.split.done_exports
         return self._put()
 
-    def _split_running(self, overdue: Overdue) -> list[Action]:
+    def _split_running(self, overdue: Overdue, now: float) -> list[Action]:
         """Give away what has not begun, while a task runs on (rule 9)."""
         work = self._held()
         unchanged = Resume(work.part, _limit(work))
         if work.doomed:
             return [Resume(work.part, 0)]
-        if work.n_deaths:
+        if work.n_deaths or (self.is_draining and work.is_once):
             return [unchanged]
         if self.is_draining:
             piece_of = [0] * len(overdue.edges.tasks)  # others go on, with this task too
@@ -510,12 +520,22 @@ class ExecutorCore:
             return [unchanged]
         else:
             piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
-            if max(piece_of) == 0:
+            if max(piece_of) == 0 or not self._is_worth(work, overdue, now):
                 return [unchanged]
         self._overdue = True
         work.n_tasks += overdue.n_done
         work.sizes.update(overdue.sizes)
         return self._put_split(overdue.edges, piece_of)
+
+    def _is_worth(self, work: _Work, overdue: Overdue, now: float) -> bool:
+        """Whether what a split has to store is little beside what is left to run.
+
+        If it is not, a later moment may be better: between two groups of tasks nothing large lives.
+        """
+        wanted = {v for values in overdue.edges.inputs for v in values} - work.recorded.keys()
+        n_bytes = sum(overdue.sizes.get(value, 0) for value in wanted)
+        left_s = (now - work.run_at) / (overdue.n_done + 1) * len(overdue.edges.tasks)
+        return n_bytes <= max(self.policy.blob_bytes, left_s * self.policy.split_bytes_per_s)
 
     def _resume(self, receipt: Receipt, now: float) -> list[Action]:
         """Go on with the piece that was kept; the run has waited for this."""
@@ -525,8 +545,9 @@ class ExecutorCore:
         if grant is None or grant.part is None:
             self._held().doomed = True
             return [Resume(self._held().part, 0)]
+        is_once = self._held().is_once
         self._begin(grant, now)  # its Fetch is dropped: everything the piece reads is here
-        self._fetched(grant.part, now)
+        self._fetched(grant.part, is_once, now)
         return [Resume(grant.part, len(grant.part.tasks))]
 
     # -------------------------------------------------------------- what goes wrong beside it

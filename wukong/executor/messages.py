@@ -144,6 +144,16 @@ class Invocation(NamedTuple):
     priority: int = 0
 
 
+class RunningToken(NamedTuple):
+    """A token that some executor runs."""
+
+    token: TokenId
+    strand: StrandId
+    tasks: tuple[int, ...] | None
+    """None: all of the static strand."""
+    n_starts: int
+
+
 class Reason(IntEnum):
     """Why a store refuses."""
 
@@ -311,6 +321,8 @@ class Fetched:
 
     part: Part
     """The grant's own part, or what the program says of the whole strand."""
+    is_once: bool = False
+    """It has a task that is annotated as not to be run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,9 +462,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Condemn:
-    """Make errors of all results of the one task of this part: it has killed too many executors.
+    """Make errors of all results of this part: it has killed too many executors.
 
-    Answer: `Ran`.
+    Or it has a task that may not be run again after one has died: then `n_deaths` is 0. Answer:
+    `Ran`.
     """
 
     part: Part

@@ -70,7 +70,7 @@ from wukong.executor.messages import (
 from wukong.executor.ops import Op, Running, prepare_ops, reads_of
 from wukong.executor.recorder import Recorder
 from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
-from wukong.executor.serialize_programs import Program
+from wukong.executor.serialize_programs import ONCE, Program
 from wukong.executor.wire import (
     Error,
     PutRequest,
@@ -208,8 +208,7 @@ class Executor:
         """Commit what is done when the current task ends, and become and take nothing more."""
         self._core.is_draining = True
         self._drained_at = time.monotonic()
-        running = self._running
-        if running is not None:
+        if (running := self._running) is not None:
             with running.gate:
                 running.withhold()
 
@@ -322,7 +321,7 @@ class Executor:
             return Broken(wire.put_error(wire.failure(error, -1)))
         self._values.update((t, v) for t, v in values.items() if t in missing)
         self._failed = {t for t, v in self._values.items() if isinstance(v, Failure | Raised)}
-        return Fetched(part)
+        return Fetched(part, any(program.retries.get(t) == ONCE for t in part.tasks))
 
     def _load(self, wire: Wire, fetch: Fetch) -> Program:
         program = self._programs.get((fetch.job, fetch.base))
@@ -419,12 +418,13 @@ class Executor:
         return self._wire_now().failure(raised, task)
 
     def _condemn(self, condemn: Condemn) -> Ran:
-        (task,), program = condemn.part.tasks, self._program_now()
+        tasks, program = condemn.part.tasks, self._program_now()
+        task = next((t for t in tasks if program.retries.get(t) == ONCE), tasks[0])
         failure = self._wire_now().failure(death_error(condemn.n_deaths, condemn.cause), task)
         self._record.fetched()
         if not program.fail_fast:
-            self._values[task] = failure
-            self._record.ended.append(time.perf_counter())
+            self._values.update(dict.fromkeys(tasks, failure))
+            self._record.ended += [time.perf_counter()] * len(tasks)
         return self._ran(condemn.part, program, failure if program.fail_fast else None)
 
     def _sizes(self, part: Part, reads: Sequence[Sequence[int]]) -> dict[int, int]:

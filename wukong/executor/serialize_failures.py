@@ -138,7 +138,13 @@ def exit_error(raised: SystemExit) -> TaskError:
 
 
 def death_error(n_deaths: int, cause: str) -> TaskError:
-    """The error of a task that has killed so many executors, the last one of which `cause`."""
+    """The error of a task that has killed so many executors, the last one of which `cause`.
+
+    0: it may have run before, in one that died, and may not be run again.
+    """
+    if n_deaths == 0:
+        died = cause or "has died"
+        return TaskError(f"the task may not be run again, and an executor that held it {died}")
     times = "once" if n_deaths == 1 else f"{n_deaths} times"
     return TaskError(f"the task killed its executor {times}; the last one {cause}")
 

@@ -24,6 +24,8 @@ from wukong.executor.serialize import Buffer, Codec, Encoded, is_plain, pickle_v
 if TYPE_CHECKING:
     from wukong.scheduler.calls import Call
 
+ONCE = -1
+"""In place of a number of retries: never to be run again, not even after its executor died."""
 # In the flat column of slots: -1 ... are literals, _NESTED - row a nested call.
 _NESTED = -(1 << 30)
 
@@ -39,7 +41,7 @@ class Program:
     literals: dict[int, object]
     """The constants that the calls read, under their (negative) slots."""
     retries: dict[int, int]
-    """Task -> how often it may be run again when it raises; tasks without are left out."""
+    """Task -> how often it may be run again when it raises, or `ONCE`; others are left out."""
     fail_fast: bool
     """The first exception ends the job."""
     context: Context | None = None

@@ -25,9 +25,11 @@ from wukong.executor.messages import (
     Located,
     Part,
     Relaunch,
+    RunningToken,
     Status,
-    StrandId,
+    TokenId,
 )
+from wukong.scheduler.recovery import find_missing, find_stragglers, plan_relaunch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class JobPolicy:
     give_up_s: float = 60.0
     """The store has not answered for this long: report it."""
     retry_s: float = 0.2
+    speculate: bool = False
+    """Start strands a second time that take far longer than others have let expect."""
     n_generations_max: int = 5
     """After so many losses of blobs the job fails: something keeps deleting them."""
 
@@ -68,6 +72,21 @@ class Watched:
 @dataclass(frozen=True, slots=True)
 class Swept:
     """Silent tokens to invoke."""
+
+    invocations: tuple[Invocation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningListed:
+    """What runs, and how long what has been committed took: (tasks, seconds) of each run."""
+
+    running: tuple[RunningToken, ...]
+    finished: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicated:
+    """Tokens that may be run a second time."""
 
     invocations: tuple[Invocation, ...]
 
@@ -114,6 +133,8 @@ JobEvent = (
     Created
     | Watched
     | Swept
+    | RunningListed
+    | Duplicated
     | Recorded
     | Relaunched
     | Collected
@@ -148,6 +169,18 @@ class WatchJob:
 @dataclass(frozen=True, slots=True)
 class SweepJob:
     """Look for silent tokens. Answer: `Swept`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListRunning:
+    """Answer: `RunningListed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateTokens:
+    """Answer: `Duplicated`."""
+
+    tokens: tuple[TokenId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +230,8 @@ class End(IntEnum):
     GONE = 5
     STORE_DOWN = 6
     LOST_TOO_OFTEN = 7
+    NOT_REPEATABLE = 8
+    CONSTANT_LOST = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +248,8 @@ JobAction = (
     | InvokeTokens
     | WatchJob
     | SweepJob
+    | ListRunning
+    | DuplicateTokens
     | MarkLost
     | ListRecorded
     | RelaunchJob
@@ -234,16 +271,25 @@ class JobCore:
         parts: the static strands' parts, for a new generation after a loss.
         policy: see `JobPolicy`.
         request: how to create the job; None to attach to one that exists.
+        once: tasks that may not be run again.
     """
 
     def __init__(
-        self, job: JobId, parts: Sequence[Part], policy: JobPolicy, request: Create | None
+        self,
+        job: JobId,
+        parts: Sequence[Part],
+        policy: JobPolicy,
+        request: Create | None,
+        once: frozenset[int] = frozenset(),
     ) -> None:
         self._job = job
         self._parts = parts
         self._policy = policy
         self._request = request
+        self._once = once
         self._view: JobView | None = None
+        self._seen_at: dict[TokenId, float] = {}
+        """When tokens that run were seen running first."""
         self._begun_at = 0.0
         self._sweep_at = 0.0
         self._log_at = 0.0
@@ -273,15 +319,21 @@ class JobCore:
         match event:
             case Swept(invocations):
                 # Also when there are none: executors that cannot start are an error then.
-                return [InvokeTokens(invocations), *self._watch(now)]
-            case Created(invocations) | Relaunched(invocations):
+                invoke_any = InvokeTokens(invocations)
+                if self._policy.speculate:
+                    return [invoke_any, *self._do(ListRunning())]
+                return [invoke_any, *self._watch(now)]
+            case RunningListed(running, finished):
+                tokens = self._stragglers(running, finished, now)
+                return self._do(DuplicateTokens(tokens)) if tokens else self._watch(now)
+            case Created(invocations) | Relaunched(invocations) | Duplicated(invocations):
                 invoke: list[JobAction] = [InvokeTokens(invocations)] if invocations else []
                 return [*invoke, *self._watch(now)]
             case Watched(view):
                 return self._watched(view, now)
             case Recorded(exports):
                 assert self._view is not None
-                return self._do(RelaunchJob(self._relaunch(self._view, exports)))
+                return self._relaunch(self._view, set(exports) - set(self._view.lost))
             case Collected(results):
                 assert self._view is not None
                 end = End.DONE if self._view.status is Status.DONE else End.FAILED
@@ -344,6 +396,17 @@ class JobCore:
         version = -1 if self._view is None else self._view.version
         return [*actions, *self._do(WatchJob(version, max(0.0, until - now)))]
 
+    def _stragglers(
+        self, running: Sequence[RunningToken], finished: Sequence[tuple[int, float]], now: float
+    ) -> tuple[TokenId, ...]:
+        self._seen_at = {token: self._seen_at.get(token, now) for token, *_ in running}
+        candidates = []
+        for token, strand, tasks, n_starts in running:
+            tasks = self._parts[int(strand)].tasks if tasks is None else tasks
+            if n_starts == 1 and self._once.isdisjoint(tasks):
+                candidates.append((token, len(tasks), self._seen_at[token]))
+        return find_stragglers(finished, candidates, now)
+
     def _store_down(self, now: float) -> list[JobAction]:
         if self._failing_since is None:
             self._failing_since = now
@@ -362,66 +425,12 @@ class JobCore:
         self.is_finished = True
         return [Finish(end, self._view, results)]
 
-    def _relaunch(self, view: JobView, recorded: tuple[ExportId, ...]) -> Relaunch:
-        return plan_relaunch(
-            self._job, view.generation + 1, self._parts, set(recorded) - set(view.lost)
-        )
-
-
-def plan_relaunch(
-    job: JobId, generation: int, parts: Sequence[Part], surviving: set[ExportId]
-) -> Relaunch:
-    """Which strands have to run again, and what they can read.
-
-    A strand runs again when a requested export of it, or one that a strand which runs again reads,
-    does not survive. It then records all its exports anew.
-
-    Args:
-        parts: of the static strands, by number; strand i's id is str(i).
-        surviving: exports that are complete and readable.
-    Cost: O(strands + exports).
-    """
-    home = {spec.export: i for i, part in enumerate(parts) for spec in part.exports}
-    again: set[int] = set()
-    stack = [
-        i
-        for i, part in enumerate(parts)
-        if any(spec.requested and spec.export not in surviving for spec in part.exports)
-    ]
-    while stack:
-        i = stack.pop()
-        if i in again:
-            continue
-        again.add(i)
-        stack.extend(home[export] for export, _ in parts[i].inputs if export not in surviving)
-    kept = {export for export in surviving if home.get(export, -1) not in again}
-    readers = dict.fromkeys(kept, 0)
-    entries, entry_inputs, waiting = [], [], []
-    for i in sorted(again):
-        inputs = [export for export, _ in parts[i].inputs]
-        there = tuple(export for export in inputs if export in kept)
-        for export in there:
-            readers[export] += 1
-        if len(there) == len(inputs):
-            entries.append(StrandId(str(i)))
-            entry_inputs.append(there)
-        elif there:
-            waiting.append((StrandId(str(i)), len(inputs) - len(there), there))
-    fed = {feed.strand for i in again for spec in parts[i].exports for feed in spec.feeds}
-    n_requested = 0
-    for i, part in enumerate(parts):
-        for spec in part.exports:
-            if spec.requested and i in again:
-                n_requested += 1
-            elif spec.requested and spec.export in readers:
-                readers[spec.export] += 1
-    return Relaunch(
-        job=job,
-        generation=generation,
-        survivors=tuple(sorted((e, n) for e, n in readers.items() if n)),
-        entries=tuple(entries),
-        entry_inputs=tuple(entry_inputs),
-        waiting=tuple(waiting),
-        done=tuple(sorted(s for s in fed if int(s) not in again)),
-        n_requested=n_requested,
-    )
+    def _relaunch(self, view: JobView, surviving: set[ExportId]) -> list[JobAction]:
+        again = find_missing(self._parts, surviving)
+        made = {spec.export for part in self._parts for spec in part.exports}
+        if any(e not in made | surviving for i in again for e, _ in self._parts[i].inputs):
+            return [CancelJob(), *self._finish(End.CONSTANT_LOST)]
+        if any(not self._once.isdisjoint(self._parts[i].tasks) for i in again):
+            return [CancelJob(), *self._finish(End.NOT_REPEATABLE)]
+        generation = view.generation + 1
+        return self._do(RelaunchJob(plan_relaunch(self._job, generation, self._parts, surviving)))

@@ -40,6 +40,8 @@ from numpy.typing import NDArray
 # Chosen on 40 graphs (arrays, frames, bags, random layers, wavefronts) for 2 and 16 workers.
 _GRAINS_PER_WORKER = 4  # the caller's grain is total cost / (4 workers)
 _OVERFULL = 1.25  # tasks that only continue a strand may exceed the grain so far: fewer stumps
+_STUFFED = 2.0  # small ones so far: what a costly task has made is mostly taken apart by them
+_LITTLE = 1 / 8  # of the mean task's cost: a small task
 _SMALL = 0.25  # of a grain: strands up to this cost, together, are merged into their only reader
 _SUNK_PER_TASK = 8  # a strand takes in so many tasks for each of its own: a fan-in stays a fan-in
 _STRAND_COST = 1 / 32  # of a grain: what a strand adds to the estimated makespan
@@ -230,8 +232,9 @@ def _grow(
     strand_of = [0] * n
     size: list[float] = []
     waits: list[set[int]] = []  # strand -> strands that it reads
+    little = _LITTLE * float(cost.mean()) if len(cost) else 0.0
     for first, end, limit in ranges:
-        overfull, leaf = limit * _OVERFULL, -1
+        overfull, stuffed, leaf = limit * _OVERFULL, limit * _STUFFED, -1
         opened: dict[int | frozenset[int], int] = {}
         b = ptr[first]
         for t in range(first, end):
@@ -249,7 +252,7 @@ def _grow(
                 k = max(sources, default=-1)
             if (
                 k >= 0
-                and size[k] < overfull
+                and size[k] < (overfull if costs[t] > little else stuffed)
                 and (len(sources) == 1 or sources - {k} <= waits[k])
                 and not (careful[t] and k in {strand_of[d] for d in inputs[a:b] if wide[d]})
             ):

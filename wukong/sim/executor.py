@@ -263,7 +263,7 @@ class SimExecutor:
             case PutValues():
                 return self._put(action)
             case SendCommit(commit):
-                made = self._sent.setdefault(commit.attempt, self._memory.made)
+                made = self._sent.setdefault(commit.attempt, dict(self._memory.made))
                 self._ask(action, lambda: store.commit(commit, made), self._committed)
             case AskAbsorb():
                 self._ask(action, lambda: store.absorb(action), self._absorb_answered)

@@ -30,6 +30,7 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
     Relaunch,
+    RunningToken,
     TokenId,
 )
 
@@ -95,6 +96,17 @@ class JobStore(Protocol):
 
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
         """Tokens to invoke again: running with an old heartbeat, or queued past a back-off."""
+        ...
+
+    def running(self, job: JobId) -> tuple[RunningToken, ...]:
+        """The tokens that are run, by whomever."""
+        ...
+
+    def duplicate(self, job: JobId, tokens: Sequence[TokenId]) -> tuple[Invocation, ...]:
+        """Queue tokens that run for the first time besides: of two attempts the first commit wins.
+
+        Returns: the tokens to invoke; others that were named do not run, or have been begun twice.
+        """
         ...
 
     def report_lost(

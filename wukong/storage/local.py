@@ -42,6 +42,7 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
     Relaunch,
+    RunningToken,
     TokenId,
 )
 from wukong.storage import state
@@ -173,6 +174,12 @@ class LocalJobStore(QueueStore):
 
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
         return self._change(job, lambda rows: state.expired(rows, self._clock()))
+
+    def running(self, job: JobId) -> tuple[RunningToken, ...]:
+        return self._look(job, state.running)
+
+    def duplicate(self, job: JobId, tokens: Sequence[TokenId]) -> tuple[Invocation, ...]:
+        return self._change(job, lambda rows: state.duplicate(rows, tokens, self._clock()))
 
     def report_lost(
         self, job: JobId, token: TokenId, attempt: AttemptId, exports: Sequence[ExportId]

@@ -32,6 +32,7 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
     Relaunch,
+    RunningToken,
     TokenId,
 )
 from wukong.storage import state
@@ -188,6 +189,14 @@ class MemoryJobStore(QueueStore):
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
         with self._lock:
             return state.expired(self._rows(job), self._clock())
+
+    def running(self, job: JobId) -> tuple[RunningToken, ...]:
+        with self._lock:
+            return state.running(self._rows(job))
+
+    def duplicate(self, job: JobId, tokens: Sequence[TokenId]) -> tuple[Invocation, ...]:
+        with self._lock:
+            return state.duplicate(self._rows(job), tokens, self._clock())
 
     def report_lost(
         self, job: JobId, token: TokenId, attempt: AttemptId, exports: Sequence[ExportId]

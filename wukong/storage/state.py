@@ -45,6 +45,7 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
     Relaunch,
+    RunningToken,
     Spawn,
     Status,
     StrandId,
@@ -363,6 +364,35 @@ def expired(rows: Rows, now: float) -> tuple[Invocation, ...]:
     return found
 
 
+def running(rows: Rows) -> tuple[RunningToken, ...]:
+    """The tokens that are run."""
+    return tuple(
+        RunningToken(
+            TokenId(key), row.strand, None if row.part is None else row.part.tasks, row.n_starts
+        )
+        for key, row in rows.scan(TOKENS)
+        if row.running
+    )
+
+
+def duplicate(rows: Rows, tokens: Iterable[TokenId], now: float) -> tuple[Invocation, ...]:
+    """Queue tokens besides, that run for the first time; of two attempts the first commit wins.
+
+    It counts as no death. The first attempt may still commit, as its token is live; its heartbeat
+    is refused as HELD, which does not stop it.
+    """
+    found = []
+    for token in tokens:
+        row = rows.get(TOKENS, token)
+        if row is None or not row.running or row.n_starts != 1:
+            continue
+        row.running = False
+        row.stamped_at = now
+        rows.put(TOKENS, token, row)
+        found.append(Invocation(rows.job, token, row.priority))
+    return tuple(found)
+
+
 def report_lost(
     rows: Rows, token: TokenId, attempt: AttemptId, exports: Iterable[ExportId]
 ) -> bool:
@@ -396,6 +426,8 @@ def relaunch(rows: Rows, request: Relaunch, now: float) -> tuple[Invocation, ...
     job = rows.get(JOB, THE_JOB)
     if job is None or job.status is not Status.RUNNING or job.generation >= request.generation:
         return ()
+    if not all(_is_complete(rows, export) for export, _ in request.survivors):
+        return ()  # a failover has taken back what the client had seen (seed 27066)
     job.generation = request.generation
     job.lost = ()
     job.done = request.done
