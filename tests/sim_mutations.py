@@ -25,7 +25,8 @@ from wukong.executor.messages import (
     Run,
     TokenId,
 )
-from wukong.storage import state
+from wukong.storage import oversight, state
+from wukong.storage import rows as job_rows
 
 Patch = pytest.MonkeyPatch
 MUTATIONS: list[Callable[[Patch], None]] = []
@@ -43,10 +44,10 @@ def mutation(patch: Callable[[Patch], None]) -> Callable[[Patch], None]:
 def commit_without_the_token_check(patch: Patch) -> None:
     real = state.commit
 
-    def commit(rows: state.Rows, request: Commit, now: float) -> Receipt | Refused:
-        if rows.get(state.TOKENS, request.token) is None:
-            row = state.TokenRow(request.token, request.token, None, (), "", 0, 0, now)
-            rows.put(state.TOKENS, request.token, row)
+    def commit(rows: job_rows.Rows, request: Commit, now: float) -> Receipt | Refused:
+        if rows.get(job_rows.TOKENS, request.token) is None:
+            row = job_rows.TokenRow(request.token, request.token, None, (), "", 0, 0, now)
+            rows.put(job_rows.TOKENS, request.token, row)
         return real(rows, request, now)
 
     patch.setattr(state, "commit", commit)
@@ -61,13 +62,13 @@ def fan_in_owned_by_an_executor(patch: Patch) -> None:
     def mint(rows: Any, job: Any, request: Commit, ready: Any, now: float) -> Receipt:
         receipt = real_mint(rows, job, request, ready, now)
         if receipt.become is not None:
-            owned[receipt.become.token] = rows.get(state.TOKENS, receipt.become.token)
-            rows.delete(state.TOKENS, receipt.become.token)
+            owned[receipt.become.token] = rows.get(job_rows.TOKENS, receipt.become.token)
+            rows.delete(job_rows.TOKENS, receipt.become.token)
         return receipt
 
     def commit(rows: Any, request: Commit, now: float) -> Any:
         if request.token in owned:
-            rows.put(state.TOKENS, request.token, owned.pop(request.token))
+            rows.put(job_rows.TOKENS, request.token, owned.pop(request.token))
         return real_commit(rows, request, now)
 
     patch.setattr(state, "_mint", mint)
@@ -117,7 +118,7 @@ def delete_at_first_consumer(patch: Patch) -> None:
     real = state._count_consumers
 
     def count(rows: Any, job: Any, export: Any, n_more: int) -> None:
-        row = rows.get(state.EXPORTS, export)
+        row = rows.get(job_rows.EXPORTS, export)
         if n_more < 0 and row is not None:
             for entry in row.entries:
                 job.garbage += () if entry.blob is None else (entry.blob,)
@@ -132,10 +133,10 @@ def token_ids_from_a_counter_of_the_store(patch: Patch) -> None:
 
     def mint(rows: Any, job: Any, request: Commit, ready: Any, now: float) -> Receipt:
         receipt = real(rows, job, replace(request, attempt=f"t{job.n_commits}"), ready, now)
-        row = rows.get(state.RECEIPTS, request.token)
+        row = rows.get(job_rows.RECEIPTS, request.token)
         if row is not None:
             row.attempt = request.attempt
-            rows.put(state.RECEIPTS, request.token, row)
+            rows.put(job_rows.RECEIPTS, request.token, row)
         return receipt
 
     patch.setattr(state, "_mint", mint)
@@ -158,10 +159,10 @@ def queued_tokens_swept_by_heartbeat(patch: Patch) -> None:
     real = state.start
 
     def start(rows: Any, token: Any, attempt: Any, holder: Any, now: float) -> Any:
-        row = rows.get(state.TOKENS, token)
+        row = rows.get(job_rows.TOKENS, token)
         if row is not None and row.attempt != attempt:
             row.running = False
-            rows.put(state.TOKENS, token, row)
+            rows.put(job_rows.TOKENS, token, row)
         return real(rows, token, attempt, holder, now)
 
     patch.setattr(state, "start", start)
@@ -176,10 +177,10 @@ def a_commit_leaves_its_token(patch: Patch) -> None:
     real = state.commit
 
     def commit(rows: Any, request: Commit, now: float) -> Any:
-        row = rows.get(state.TOKENS, request.token)
+        row = rows.get(job_rows.TOKENS, request.token)
         reply = real(rows, request, now)
         if row is not None and isinstance(reply, Receipt) and not reply.job_over:
-            rows.put(state.TOKENS, request.token, row)
+            rows.put(job_rows.TOKENS, request.token, row)
         return reply
 
     patch.setattr(state, "commit", commit)
@@ -200,7 +201,7 @@ def absorb_does_not_count_what_is_missing(patch: Patch) -> None:
     real = state.absorb
 
     def absorb(rows: Any, token: Any, attempt: Any, feed: Any, n_held: int) -> Any:
-        row = rows.get(state.WAITING, feed.strand)
+        row = rows.get(job_rows.WAITING, feed.strand)
         return real(rows, token, attempt, feed, feed.n_inputs if row is None else row.n_missing)
 
     patch.setattr(state, "absorb", absorb)
@@ -225,19 +226,19 @@ def retained_inputs_are_not_counted(patch: Patch) -> None:
 @mutation
 def a_report_of_loss_is_always_believed(patch: Patch) -> None:
     def report_lost(rows: Any, token: Any, attempt: Any, exports: Any) -> bool:
-        job = rows.get(state.JOB, state.THE_JOB)
+        job = rows.get(job_rows.JOB, job_rows.THE_JOB)
         if job is not None and job.status is state.Status.RUNNING:
-            state._lose(rows, job, exports)
+            oversight._lose(rows, job, exports)
         return True
 
-    patch.setattr(state, "report_lost", report_lost)
+    patch.setattr(oversight, "report_lost", report_lost)
 
 
 @mutation
 def a_relaunch_forgets_which_strands_are_done(patch: Patch) -> None:
-    real = state.relaunch
+    real = oversight.relaunch
     patch.setattr(
-        state, "relaunch", lambda rows, request, now: real(rows, replace(request, done=()), now)
+        oversight, "relaunch", lambda rows, request, now: real(rows, replace(request, done=()), now)
     )
 
 
@@ -246,13 +247,13 @@ def a_silent_token_stays_running(patch: Patch) -> None:
     def die(job: Any, row: Any) -> None:
         row.n_deaths += 1
 
-    patch.setattr(state, "_die", die)
+    patch.setattr(state, "count_death", die)
 
 
 @mutation
 def a_row_is_changed_and_not_put(patch: Patch) -> None:
     def renew(rows: Any, token: Any, attempt: Any, now: float) -> Any:
-        row = rows.get(state.TOKENS, token)
+        row = rows.get(job_rows.TOKENS, token)
         if row is None or not row.running or row.attempt != attempt:
             return real(rows, token, attempt, now)
         row.stamped_at = now

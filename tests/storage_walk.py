@@ -19,7 +19,7 @@ from wukong.executor.messages import (
     Relaunch,
     Spawn,
 )
-from wukong.storage.state import ExportRow, TokenRow
+from wukong.storage.rows import ExportRow, TokenRow
 
 N_ENTRIES = 4
 N_STATIC = 40

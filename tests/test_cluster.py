@@ -1,6 +1,7 @@
 """What a user sees of a local cluster, with processes and with threads."""
 
 import logging
+import re
 import threading
 import time
 
@@ -71,6 +72,7 @@ def test_results_have_the_shape_of_the_request(cluster) -> None:
     assert cluster.get(dsk, []) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_collections_compute(cluster) -> None:
     x = da.arange(1000, chunks=100)
@@ -229,9 +231,11 @@ def test_a_job_past_its_deadline_says_how_it_stood(cluster) -> None:
     with pytest.raises(errors.JobTimeout) as caught:
         cluster.get(dsk, list(dsk), timeout_s=0.1)
     text = str(caught.value)
-    assert "0 of 4 tasks done, 2 strands running, 2 queued, 0 retried, 0 attempts lost" in text
+    stood = r"0 of 4 tasks done, [12] strands running, [23] queued, 0 retried, 0 attempts lost"
+    assert re.search(stood, text)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_waiting_client_says_what_it_waits_for_less_and_less_often(mode, caplog) -> None:
     with dask.config.set({"wukong.job.log-after-s": 0.05}), start_cluster(mode, 1) as cluster:
@@ -270,7 +274,7 @@ def test_an_executor_that_is_stuck_in_an_ended_job_is_replaced(mode, end) -> Non
     with start_cluster(mode) as cluster:
         cluster.get({"warm": (tasks.increment, 1)}, "warm")
         before = set(cluster._pool.holders.values())
-        dsk = {"slow": (tasks.sleep, 9), "end": (tasks.raise_later, 0.3)}
+        dsk = {"slow": (tasks.sleep, 5), "end": (tasks.raise_later, 0.3)}
         if end == "error":
             with pytest.raises(ZeroDivisionError):
                 cluster.get(dsk, ["slow", "end"])
@@ -281,7 +285,7 @@ def test_an_executor_that_is_stuck_in_an_ended_job_is_replaced(mode, end) -> Non
         # Two strands that take long enough to need both executors.
         dsk = dict.fromkeys(range(16), (tasks.sleep, 0.5))
         cluster.get(dsk, list(dsk))
-        assert time.monotonic() - begun_at < 7.5
+        assert time.monotonic() - begun_at < 4.9
         assert len(set(cluster._pool.holders.values()) - before) == 1
 
 

@@ -24,7 +24,8 @@ import wukong
 @pytest.fixture(scope="module", params=["threads", "processes"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[wukong.LocalCluster]:
     with wukong.LocalCluster(n_workers=2, processes=request.param == "processes") as cluster:
-        cluster.get({"x": (add, 1, 2)}, "x")
+        # Executors import what their first tasks need; that is no test's time.
+        cluster.get({("x", i): (warm_up, i) for i in range(2)}, [("x", 0), ("x", 1)])
         yield cluster
 
 
@@ -32,6 +33,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[wukong.LocalCluster]:
 def threads() -> Iterator[wukong.LocalCluster]:
     with wukong.LocalCluster(n_workers=2, processes=False) as cluster:
         yield cluster
+
+
+def warm_up(i: int) -> int:
+    time.sleep(0.2)  # so that each executor gets one
+    x = da.ones((4, 4), chunks=2)
+    (x @ x).sum().compute(scheduler="sync")
+    return i
 
 
 def inc(x: int) -> int:
@@ -146,6 +154,7 @@ def test_xarray_groups_and_resamples(cluster: wukong.LocalCluster) -> None:
         xarray.testing.assert_identical(ours, ask(chunked).compute(scheduler="sync"))
 
 
+@pytest.mark.slow
 def test_dask_ml_scales_and_predicts(cluster: wukong.LocalCluster) -> None:
     linear = pytest.importorskip("sklearn.linear_model")
     from dask_ml.preprocessing import StandardScaler
@@ -385,3 +394,17 @@ def test_a_frame_is_shuffled_by_way_of_a_disk(cluster: wukong.LocalCluster) -> N
     frame = dd.from_pandas(pdf, npartitions=4).shuffle("k", shuffle_method="disk")
     ours = frame.compute(scheduler=cluster.get).sort_values("v")
     pd.testing.assert_frame_equal(ours, pdf, check_dtype=False)
+
+
+class NotToBeUnpickled:
+    def __getstate__(self) -> tuple[()]:
+        return ()
+
+    def __setstate__(self, state: tuple[()]) -> None:
+        raise ValueError("not here")
+
+
+@pytest.mark.slow
+def test_what_unpickling_raises_comes_back_as_itself() -> None:
+    with wukong.LocalCluster(n_workers=1) as cluster, pytest.raises(ValueError, match="not here"):
+        cluster.get({"x": (bool, NotToBeUnpickled())}, "x")

@@ -31,7 +31,7 @@ from wukong.executor.messages import (  # noqa: E402
 from wukong.storage import local_env, local_files  # noqa: E402
 from wukong.storage.local import LocalJobStore  # noqa: E402
 from wukong.storage.local_rows import make_row, pack, pack_row, plain_token, unpack  # noqa: E402
-from wukong.storage.state import (  # noqa: E402
+from wukong.storage.rows import (  # noqa: E402
     EXPORTS,
     JOB,
     PROGRAMS,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import dask
 import pytest
 
+from wukong.errors import StoreUnavailable
 from wukong.executor import run
 from wukong.executor.core import Policy
 from wukong.executor.messages import HolderId, JobId, Status
@@ -374,6 +375,31 @@ def test_a_program_that_is_gone_is_an_error_of_the_job(world) -> None:
     view = world.view(submission.job)
     assert view.status is Status.FAILED
     assert "MissingBlob" in submission.wire.read_error(view.error).type_name
+
+
+@pytest.mark.parametrize("n_times", [2, 1000])
+def test_a_value_without_room_is_an_error_when_that_goes_on(world, monkeypatch, n_times) -> None:
+    if world.store.blobs is None:
+        pytest.skip("no blobs")
+    submission = world.launch({"a": (large, 0, 200_000)}, "a")
+    put_many, n_tried = world.store.blobs.put_many, []
+
+    def refuse(items) -> None:
+        n_tried.append(1)
+        if len(n_tried) <= n_times:
+            raise StoreUnavailable("no room for blob a of 200068 bytes")
+        put_many(items)
+
+    monkeypatch.setattr(world.store.blobs, "put_many", refuse)
+    run_all(world.executor(full_s=0.1, retry_s=0.01))
+    view = world.view(submission.job)
+    if n_times == 2:
+        assert view.status is Status.DONE
+        return
+    assert view.status is Status.FAILED
+    error = submission.wire.read_error(view.error)
+    assert (error.key, error.message) == (0, "no room for blob a of 200068 bytes")
+    assert n_runs == {0: 1}
 
 
 # ---------------------------------------------------------------- second starts

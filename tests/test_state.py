@@ -18,14 +18,15 @@ from wukong.executor.messages import (
     Grant,
     Invocation,
     Output,
+    Part,
     Receipt,
     Refused,
     Relaunch,
     Spawn,
     Status,
 )
-from wukong.storage import state
-from wukong.storage.state import (
+from wukong.storage import oversight, state
+from wukong.storage.rows import (
     EXPORTS,
     JOB,
     PROGRAMS,
@@ -113,7 +114,7 @@ def test_news_are_ends_losses_and_where_asked_for_commits(
     status: Status, lost: tuple[str, ...], version: int, progress: bool, news: bool
 ) -> None:
     job = JobRow(status, 1, 9, 9, True, 0, SILENCE_S, 0.0, version=5, lost=lost)
-    assert state.is_news(job, version, progress) is news
+    assert oversight.is_news(job, version, progress) is news
 
 
 def test_a_token_that_was_queued_for_days_still_expires() -> None:
@@ -121,8 +122,8 @@ def test_a_token_that_was_queued_for_days_still_expires() -> None:
     row = rows.get(TOKENS, "job.0.0")
     assert row is not None
     row.n_invokes = 5000
-    assert state.expired(rows, now=59.9) == ()
-    assert state.expired(rows, now=60.0) == (Invocation("job", "job.0.0"),)
+    assert oversight.expired(rows, now=59.9) == ()
+    assert oversight.expired(rows, now=60.0) == (Invocation("job", "job.0.0"),)
 
 
 def test_silent_tokens_come_first_whatever_their_name() -> None:
@@ -130,7 +131,7 @@ def test_silent_tokens_come_first_whatever_their_name() -> None:
     state.start(rows, "job.0.2", "a", "h", now=0.0)
     for now in (1.0, 2.0):
         state.start(rows, f"job.0.{int(now) - 1}", "b", "h", now)
-    found = state.expired(rows, now=20.0)
+    found = oversight.expired(rows, now=20.0)
     assert [i.token for i in found] == ["job.0.2", "job.0.0", "job.0.1"]
 
 
@@ -158,7 +159,7 @@ def test_a_receipt_names_a_bounded_part_of_the_garbage() -> None:
 def test_the_first_cause_of_a_silent_token_is_kept() -> None:
     rows = begun()
     state.start(rows, "job.0.0", "a", "h", now=0.0)
-    state.release(rows, "h", "killed by signal 9", now=1.0)
+    oversight.release(rows, "h", "killed by signal 9", now=1.0)
     state.start(rows, "job.0.0", "b", "h", now=1.0)
     grant = state.start(rows, "job.0.0", "c", "h2", now=11.0)
     assert isinstance(grant, Grant)
@@ -172,7 +173,7 @@ def test_strands_that_are_done_do_not_run_again() -> None:
     rows = begun(n_entries=4)
     feeds = (Feed("1", 1), Feed("2", 1))
     request = Relaunch("job", 1, (), ("0",), ((),), (), done=("1",), n_requested=1)
-    assert state.relaunch(rows, request, now=1.0) == (Invocation("job", "job.1.0"),)
+    assert oversight.relaunch(rows, request, now=1.0) == (Invocation("job", "job.1.0"),)
     made = output("0", 1)._replace(feeds=feeds)
     receipt = state.commit(rows, commit("job.1.0", "a", outputs=(made,)), now=2.0)
     assert isinstance(receipt, Receipt)
@@ -182,7 +183,7 @@ def test_strands_that_are_done_do_not_run_again() -> None:
 def test_a_relaunch_in_which_nothing_is_missing_ends_the_job() -> None:
     rows = begun()
     request = Relaunch("job", 1, (), (), (), (), (), n_requested=0)
-    assert state.relaunch(rows, request, now=1.0) == ()
+    assert oversight.relaunch(rows, request, now=1.0) == ()
     assert job_of(rows).status is Status.DONE
 
 
@@ -191,7 +192,7 @@ def test_the_blobs_that_a_relaunch_drops_are_garbage() -> None:
     outputs = tuple(output(f"e{i}", i, blob=f"job/a/{i}") for i in range(3))
     state.commit(rows, commit("job.0.0", "a", outputs=outputs), now=1.0)
     request = Relaunch("job", 1, (("e1", 4),), ("0",), ((),), (), (), n_requested=1)
-    state.relaunch(rows, request, now=2.0)
+    oversight.relaunch(rows, request, now=2.0)
     assert rows.ids(EXPORTS) == ["e1"]
     assert job_of(rows).garbage == ("job/a/0", "job/a/2")
 
@@ -210,7 +211,7 @@ def test_reading_what_was_discarded_is_a_defect() -> None:
     rows = begun(n_entries=2)
     with pytest.raises(AssertionError, match="discarded before its last consumer"):
         state.commit(rows, commit("job.0.0", "a", consumed=("gone",)), now=1.0)
-    piece = Spawn("a.s0", "0", state.Part((1,), (("gone", (1,)),), ()), ("gone",), 0, 0, 0)
+    piece = Spawn("a.s0", "0", Part((1,), (("gone", (1,)),), ()), ("gone",), 0, 0, 0)
     with pytest.raises(AssertionError, match="discarded before its last consumer"):
         state.commit(rows, commit("job.0.1", "b", spawns=(piece,), become="c"), now=1.0)
 
@@ -243,9 +244,9 @@ def test_a_refusal_writes_no_row() -> None:
     assert isinstance(state.commit(rows, commit("spent", "a"), now=1.0), Refused)
     assert isinstance(state.absorb(rows, "job.0.0", "a", Feed("2", 2), 1), Refused)
     assert state.renew(rows, "job.0.1", "a", now=1.0) is not None
-    assert state.release(rows, "nobody", "", now=1.0) == ()
-    assert not state.report_lost(rows, "job.0.0", "b", ["0"])
-    assert state.view(rows) is not None
+    assert oversight.release(rows, "nobody", "", now=1.0) == ()
+    assert not oversight.report_lost(rows, "job.0.0", "b", ["0"])
+    assert oversight.view(rows) is not None
 
 
 def test_an_ended_job_has_neither_tokens_nor_waiting_strands() -> None:
@@ -253,7 +254,7 @@ def test_an_ended_job_has_neither_tokens_nor_waiting_strands() -> None:
     made = output("0", 1)._replace(feeds=(Feed("2", 2), Feed("1", 1)))
     state.commit(rows, commit("job.0.0", "a", outputs=(made,)), now=1.0)
     assert (rows.ids(WAITING), rows.ids(RECEIPTS)) == (["2"], ["job.0.0"])
-    assert state.cancel(rows)
+    assert oversight.cancel(rows)
     assert (rows.ids(TOKENS), rows.ids(WAITING), rows.ids(RECEIPTS)) == ([], [], [])
     assert job_of(rows).version == 3
 

@@ -24,7 +24,7 @@ from wukong.storage.local import LocalJobStore
 from wukong.storage.local_files import remove_directory, spill_directory
 from wukong.storage.local_rows import StoredRows
 from wukong.storage.memory import MemoryJobStore
-from wukong.storage.state import TABLES
+from wukong.storage.rows import TABLES
 
 
 class MemoryBackend:

@@ -35,6 +35,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.trace",
     ),
     (
+        "wukong.executor.invoker",
         "wukong.executor.split",
         "wukong.executor.serialize*",
         "wukong.report*",

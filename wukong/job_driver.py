@@ -23,10 +23,10 @@ from wukong.errors import (
     TaskError,
     WukongError,
 )
+from wukong.executor.invoker import Invoker
 from wukong.executor.messages import (
     JobView,
 )
-from wukong.executor.run import Invoker
 from wukong.executor.serialize_failures import Failure, Raised
 from wukong.executor.wire import (
     UnreadableExports,

@@ -96,6 +96,8 @@ class Policy:
     """First wait before a store that did not answer is asked again; doubles up to 64 times."""
     give_up_s: float = 60.0
     """An executor abandons its work when the store has not answered for this long."""
+    full_s: float = 10.0
+    """A value for which the store has had no room for this long is an error of the job."""
     confirm: bool = False
     """Wait for the store's replicas before garbage is deleted (rule 3)."""
 
@@ -569,6 +571,9 @@ class ExecutorCore:
             self._failing_since = now
         if isinstance(failed.action, SendCommit):
             self._ambiguous = True
+        if failed.error is not None and now - self._failing_since >= self.policy.full_s:
+            self._failing_since, self._n_failures = None, 0
+            return self._fail(failed.error)
         if now - self._failing_since >= self.policy.give_up_s:
             self._failing_since, self._n_failures = None, 0
             if self._overdue:

@@ -396,6 +396,8 @@ class StoreFailed:
     """The store did not answer; the action may or may not have taken effect."""
 
     action: Action
+    error: bytes | object | None = None
+    """For `PutValues`: the encoded error to end the job in, when this goes on."""
 
 
 @dataclass(frozen=True, slots=True)

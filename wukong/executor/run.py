@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from wukong import trace
 from wukong.errors import (
@@ -29,6 +29,7 @@ from wukong.errors import (
     StoreUnavailable,
 )
 from wukong.executor.core import ExecutorCore, Phase, Policy
+from wukong.executor.invoker import Invoker
 from wukong.executor.messages import (
     AbsorbAnswered,
     Action,
@@ -46,7 +47,6 @@ from wukong.executor.messages import (
     Forget,
     Grant,
     HolderId,
-    Invocation,
     Invoke,
     JobId,
     Overdue,
@@ -91,22 +91,6 @@ HAND_OVER_AFTER_S = 2.0
 """An executor that is to end waits so long for the current task; then others shall run it again."""
 PROGRAMS_KEPT = 16
 """Programs that an executor keeps; pieces of a strand, and its further attempts, share one."""
-
-
-class Invoker(Protocol):
-    """Has executors started."""
-
-    def invoke(self, invocations: Sequence[Invocation]) -> None:
-        """Ask for executors for these tokens; what fails stays queued in the store.
-
-        Raises:
-            InvokeError: some or all were not accepted.
-        """
-        ...
-
-    def n_idle(self) -> int:
-        """How many executors would start at once: a hint."""
-        ...
 
 
 class Executor:
@@ -238,8 +222,8 @@ class Executor:
     def _step(self, action: Action) -> list[Action]:
         try:
             event = self._perform(action)
-        except StoreUnavailable:
-            event = StoreFailed(action)
+        except StoreUnavailable as error:
+            event = StoreFailed(action, self._put_error(action, error))
         with self._lock:
             return self._core.handle(event, time.monotonic())
 
@@ -318,7 +302,9 @@ class Executor:
             return FetchFailed(unreadable.exports)
         except (SerializationError, SecurityError, MissingBlob, CorruptBlob) as error:
             # A program that is gone can be made again by nobody; inputs have been dealt with above.
-            return Broken(wire.put_error(wire.failure(error, -1)))
+            # What a user's class raises when it is unpickled comes back as itself, as with Dask.
+            users = error.__cause__ if isinstance(error, SerializationError) else None
+            return Broken(wire.put_error(wire.failure(users or error, -1)))
         self._values.update((t, v) for t, v in values.items() if t in missing)
         self._failed = {t for t, v in self._values.items() if isinstance(v, Failure | Raised)}
         return Fetched(part, any(program.retries.get(t) == ONCE for t in part.tasks))
@@ -478,6 +464,12 @@ class Executor:
                 for request in requests:
                     if task in request.tasks:
                         request.values[request.tasks.index(task)] = failure
+
+    def _put_error(self, action: Action, error: StoreUnavailable) -> bytes | object | None:
+        if not isinstance(action, PutValues):
+            return None
+        task = next((item.tasks[0] for item in action.items if item.blob is not None), -1)
+        return self._wire_now().put_error(self._wire_now().failure(error, task))
 
     def _packed(self, action: SendCommit) -> object:
         """The trace of a commit; the same again when the commit is repeated."""

@@ -170,7 +170,8 @@ def _cut(graph: _Graph, cost: _Floats, wanted: _Marks, grain: float) -> _Ints:
     most = int(_MAX_STRANDS_PER_GRAIN * (total / grain + 2))
     is_wide = np.bincount(graph.inputs, weights=cost[graph.readers], minlength=n) > grain
     first = _grow(graph, is_wide, cost, [(0, n, grain)], most)
-    best, makespan = np.zeros(n, np.int64), np.inf
+    best: _Ints = np.zeros(n, np.int64)
+    makespan = np.inf
     if first is not None:
         best = _merge(graph, _sink(graph, first, cost, wanted, grain), cost, grain)
         if best.max() < _FEW_STRANDS_PER_GRAIN * (total / grain + 1):
@@ -213,11 +214,7 @@ def _grow_banded(
 
 
 def _grow(
-    graph: _Graph,
-    is_wide: _Marks,
-    cost: _Floats,
-    ranges: list[tuple[int, int, float]],
-    most: int,
+    graph: _Graph, is_wide: _Marks, cost: _Floats, ranges: list[tuple[int, int, float]], most: int
 ) -> _Ints | None:
     """Rules 1 and 2 of the module, over ranges (first, end, limit) of tasks that share no strand.
 
@@ -327,7 +324,8 @@ def _merge(graph: _Graph, strand_of: _Ints, cost: _Floats, grain: float) -> _Int
             size[reader] += size[s]
             waits[reader].discard(s)
             waits[reader] |= waits[s]
-    return np.unique(np.array(merged)[strand_of], return_inverse=True)[1].astype(np.int64)
+    renumbered: _Ints = np.unique(np.array(merged)[strand_of], return_inverse=True)[1]
+    return renumbered.astype(np.int64)
 
 
 def _strand_edges(graph: _Graph, strand_of: _Ints, n_strands: int) -> list[tuple[int, int]]:

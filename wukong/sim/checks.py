@@ -20,7 +20,7 @@ from wukong.executor.messages import (
     Status,
     StrandId,
 )
-from wukong.storage.state import ExportRow, JobRow, TokenRow, WaitingRow
+from wukong.storage.rows import ExportRow, JobRow, TokenRow, WaitingRow
 
 Tables = Mapping[str, Mapping[str, Any]]
 """Rows by table code and id, as a store holds them."""

@@ -37,8 +37,9 @@ from wukong.executor.messages import (
 )
 from wukong.sim.checks import Value, Violation
 from wukong.sim.world import JOB, World
-from wukong.storage import state
-from wukong.storage.state import Table
+from wukong.storage import oversight, state
+from wukong.storage import rows as job_rows
+from wukong.storage.rows import Table
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -48,7 +49,7 @@ TIMEOUT_S = 1.0
 
 _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     table.row: attrgetter(*names)
-    for table in state.TABLES
+    for table in job_rows.TABLES
     if len(names := tuple(table.row.__dataclass_fields__)) > 1
 }
 
@@ -69,35 +70,35 @@ class SimRows:
 
     def __init__(self) -> None:
         self.job = JOB
-        self.tables: dict[str, dict[str, Any]] = {table.code: {} for table in state.TABLES}
+        self.tables: dict[str, dict[str, Any]] = {table.code: {} for table in job_rows.TABLES}
         self.queue: dict[str, None] = {}
         """Queued tokens, in the order in which they are taken."""
         self.n_writes = 0
 
     def get(self, table: Table[R], key: str) -> R | None:
-        """See `state.Rows`."""
+        """See `job_rows.Rows`."""
         row = self.tables[table.code].get(key)
         return None if row is None else _copied(row)
 
     def put(self, table: Table[R], key: str, row: R) -> None:
-        """See `state.Rows`."""
+        """See `job_rows.Rows`."""
         self.n_writes += 1
         self.tables[table.code][key] = _copied(row)
-        if table is state.TOKENS:
+        if table is job_rows.TOKENS:
             if row.running:  # type: ignore[attr-defined]  # the rows of this table have it
                 self.queue.pop(key, None)
             else:
                 self.queue.setdefault(key)
 
     def delete(self, table: Table[R], key: str) -> None:
-        """See `state.Rows`."""
+        """See `job_rows.Rows`."""
         self.n_writes += 1
         self.tables[table.code].pop(key, None)
-        if table is state.TOKENS:
+        if table is job_rows.TOKENS:
             self.queue.pop(key, None)
 
     def scan(self, table: Table[R]) -> Iterator[tuple[str, R]]:
-        """See `state.Rows`."""
+        """See `job_rows.Rows`."""
         rows = sorted(self.tables[table.code].items())
         return ((key, _copied(row)) for key, row in rows)
 
@@ -247,19 +248,19 @@ class SimStore:
 
     def release(self, holder: HolderId, cause: str) -> tuple[Invocation, ...]:
         """See `JobStore.release`."""
-        invocations = state.release(self.rows, holder, cause, self.world.now)
+        invocations = oversight.release(self.rows, holder, cause, self.world.now)
         self._changed()
         return invocations
 
     def expired(self) -> tuple[Invocation, ...]:
         """See `JobStore.expired`."""
-        invocations = state.expired(self.rows, self.world.now)
+        invocations = oversight.expired(self.rows, self.world.now)
         self._changed()
         return invocations
 
     def report_lost(self, request: ReportLost) -> bool:
         """See `JobStore.report_lost`."""
-        reply = state.report_lost(self.rows, request.token, request.attempt, request.exports)
+        reply = oversight.report_lost(self.rows, request.token, request.attempt, request.exports)
         if reply:
             self._check_lost_exports(request.exports)
         self._changed()
@@ -267,18 +268,18 @@ class SimStore:
 
     def mark_lost(self, exports: Sequence[ExportId]) -> JobView | None:
         """See `JobStore.mark_lost`; returns the view after it."""
-        state.mark_lost(self.rows, exports)
+        oversight.mark_lost(self.rows, exports)
         self._changed()
-        return state.view(self.rows)
+        return oversight.view(self.rows)
 
     def recorded(self) -> tuple[ExportId, ...]:
         """See `JobStore.recorded`."""
-        return state.recorded(self.rows)
+        return oversight.recorded(self.rows)
 
     def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
         """See `JobStore.relaunch`."""
         before = self._generation()
-        invocations = state.relaunch(self.rows, request, self.world.now)
+        invocations = oversight.relaunch(self.rows, request, self.world.now)
         if self._generation() != before:
             self.world.counts["relaunches"] += 1
             if self.world.checker is not None:
@@ -288,11 +289,11 @@ class SimStore:
 
     def collect(self) -> tuple[tuple[Located, ...], JobView | None]:
         """See `JobStore.collect`; with a view of the job, and without traces."""
-        return state.results(self.rows), state.view(self.rows)
+        return oversight.results(self.rows), oversight.view(self.rows)
 
     def view(self) -> JobView | None:
         """See `JobStore.view`."""
-        return state.view(self.rows)
+        return oversight.view(self.rows)
 
     def forget(self) -> None:
         """See `JobStore.forget`."""
@@ -311,22 +312,22 @@ class SimStore:
         self._tell()
 
     def _tell(self) -> None:
-        job = self.rows.tables["j"].get(state.THE_JOB)
+        job = self.rows.tables["j"].get(job_rows.THE_JOB)
         waiting = []
         for version, tell in self._watchers:
-            if job is not None and not state.is_news(job, version, False):
+            if job is not None and not oversight.is_news(job, version, False):
                 waiting.append((version, tell))
             elif not self.world.hits(self.world.setting.faults.news_lost):
                 delay_s = self.world.latency_s(self.world.setting.platform.store_s / 2)
-                self.world.after(delay_s, tell, state.view(self.rows))
+                self.world.after(delay_s, tell, oversight.view(self.rows))
         self._watchers = waiting
 
     def _generation(self) -> int:
-        job = self.rows.tables["j"].get(state.THE_JOB)
+        job = self.rows.tables["j"].get(job_rows.THE_JOB)
         return -1 if job is None else int(job.generation)
 
     def _version(self) -> int:
-        job = self.rows.tables["j"].get(state.THE_JOB)
+        job = self.rows.tables["j"].get(job_rows.THE_JOB)
         return -1 if job is None else int(job.version)
 
     def _changed(self) -> None:
@@ -415,7 +416,7 @@ class SimStore:
 
     def is_live(self, token: TokenId) -> bool:
         """Say whether the work under a token is still wanted."""
-        job = self.rows.tables["j"].get(state.THE_JOB)
+        job = self.rows.tables["j"].get(job_rows.THE_JOB)
         return job is not None and job.status is Status.RUNNING and token in self.rows.tables["t"]
 
     def _check_lost(self, blob: BlobId) -> None:

@@ -45,7 +45,8 @@ from wukong.executor.messages import (
     RunningToken,
     TokenId,
 )
-from wukong.storage import state
+from wukong.storage import oversight, state
+from wukong.storage import rows as job_rows
 from wukong.storage.contract import QueueStore
 from wukong.storage.local_env import LOOK_BYTES, close_environment, open_environment
 from wukong.storage.local_peers import Pipe, sweep, wake
@@ -164,7 +165,7 @@ class LocalJobStore(QueueStore):
             n_bytes = 0
             for job in _jobs(txn):
                 rows = StoredRows(job, txn, self._environment.queue, number)
-                found += state.release(rows, holder, cause, self._clock())
+                found += oversight.release(rows, holder, cause, self._clock())
                 n_bytes += rows.n_dirty_bytes
             return tuple(found), n_bytes
 
@@ -173,36 +174,36 @@ class LocalJobStore(QueueStore):
         return self._environment.write(transaction)
 
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
-        return self._change(job, lambda rows: state.expired(rows, self._clock()))
+        return self._change(job, lambda rows: oversight.expired(rows, self._clock()))
 
     def running(self, job: JobId) -> tuple[RunningToken, ...]:
-        return self._look(job, state.running)
+        return self._look(job, oversight.running)
 
     def duplicate(self, job: JobId, tokens: Sequence[TokenId]) -> tuple[Invocation, ...]:
-        return self._change(job, lambda rows: state.duplicate(rows, tokens, self._clock()))
+        return self._change(job, lambda rows: oversight.duplicate(rows, tokens, self._clock()))
 
     def report_lost(
         self, job: JobId, token: TokenId, attempt: AttemptId, exports: Sequence[ExportId]
     ) -> bool:
-        return self._change(job, lambda rows: state.report_lost(rows, token, attempt, exports))
+        return self._change(job, lambda rows: oversight.report_lost(rows, token, attempt, exports))
 
     def mark_lost(self, job: JobId, exports: Sequence[ExportId]) -> None:
-        self._change(job, lambda rows: state.mark_lost(rows, exports))
+        self._change(job, lambda rows: oversight.mark_lost(rows, exports))
 
     def recorded(self, job: JobId) -> tuple[ExportId, ...]:
-        return self._look(job, state.recorded)
+        return self._look(job, oversight.recorded)
 
     def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
         return self._change(
             request.job,
-            lambda rows: state.relaunch(rows, request, self._clock()),
+            lambda rows: oversight.relaunch(rows, request, self._clock()),
             rewrites_all=True,
         )
 
     # -------------------------------------------------------------- clients
 
     def view(self, job: JobId) -> JobView | None:
-        return self._look(job, state.view)
+        return self._look(job, oversight.view)
 
     def wait(
         self, job: JobId, version: int, timeout_s: float, progress: bool = False
@@ -211,14 +212,14 @@ class LocalJobStore(QueueStore):
         with self._pipes.borrow() as pipe:
 
             def look(rows: StoredRows) -> tuple[bool, JobView | None, bool]:
-                row = rows.get(state.JOB, state.THE_JOB)
+                row = rows.get(job_rows.JOB, job_rows.THE_JOB)
                 over = row is None or time.monotonic() >= deadline
-                if row is None or over or state.is_news(row, version, progress):
-                    return True, state.view(rows), True
+                if row is None or over or oversight.is_news(row, version, progress):
+                    return True, oversight.view(rows), True
                 return False, None, rows.get_watch(pipe.name) is progress
 
             def register(rows: StoredRows) -> None:
-                if rows.get(state.JOB, state.THE_JOB) is not None:
+                if rows.get(job_rows.JOB, job_rows.THE_JOB) is not None:
                     rows.set_watch(pipe.name, progress)
 
             while True:
@@ -234,19 +235,19 @@ class LocalJobStore(QueueStore):
                     self._change(job, register)
 
     def results(self, job: JobId) -> tuple[Located, ...]:
-        return self._look(job, state.results)
+        return self._look(job, oversight.results)
 
     def traces(self, job: JobId) -> tuple[object, ...]:
-        return self._look(job, state.traces)
+        return self._look(job, oversight.traces)
 
     def collect(self, job: JobId) -> tuple[tuple[Located, ...], tuple[object, ...]]:
-        return self._look(job, lambda rows: (state.results(rows), state.traces(rows)))
+        return self._look(job, lambda rows: (oversight.results(rows), oversight.traces(rows)))
 
     def manifest(self, job: JobId) -> object | None:
-        return self._look(job, state.manifest)
+        return self._look(job, oversight.manifest)
 
     def cancel(self, job: JobId) -> bool:
-        return self._change(job, state.cancel, rewrites_all=True)
+        return self._change(job, oversight.cancel, rewrites_all=True)
 
     def forget(self, job: JobId) -> None:
         self._change(job, StoredRows.delete_all, rewrites_all=True)

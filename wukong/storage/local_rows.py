@@ -6,7 +6,7 @@ finds damage before `marshal` sees it.
 
 The keys of the rows (all text in UTF-8, ids never contain NUL):
 
-    rows    job NUL code id        row of the table with this code (`state.Table.code`)
+    rows    job NUL code id        row of the table with this code (`job_rows.Table.code`)
             job NUL "v" name       a watcher's pipe; one byte: 1 = wants progress, 0 = the end only
     queue   place                  marshal of (job, token)
 
@@ -32,7 +32,7 @@ from wukong.executor.messages import (
     Part,
     Status,
 )
-from wukong.storage.state import (
+from wukong.storage.rows import (
     TOKENS,
     ExportRow,
     JobRow,
@@ -246,7 +246,7 @@ def make_row(table: Table[R], plain: Plain) -> R:
 
 
 class StoredRows:
-    """The rows of one job inside one transaction (`state.Rows`); also keeps the queue in step."""
+    """The rows of one job inside one transaction (`job_rows.Rows`); also keeps the queue in step."""
 
     __slots__ = (
         "_forgotten",

@@ -35,9 +35,10 @@ from wukong.executor.messages import (
     RunningToken,
     TokenId,
 )
-from wukong.storage import state
+from wukong.storage import oversight, state
+from wukong.storage import rows as job_rows
 from wukong.storage.contract import QueueStore
-from wukong.storage.state import Table, TokenRow
+from wukong.storage.rows import Table, TokenRow
 
 R = TypeVar("R")
 
@@ -83,7 +84,7 @@ class _MemoryRows:
     def __init__(self, job: JobId, queue: _Queue) -> None:
         self.job = job
         self._queue = queue
-        self._tables: dict[str, dict[str, object]] = {table.code: {} for table in state.TABLES}
+        self._tables: dict[str, dict[str, object]] = {table.code: {} for table in job_rows.TABLES}
 
     def get(self, table: Table[R], key: str) -> R | None:
         return self._tables[table.code].get(key)  # type: ignore[return-value]  # by its table
@@ -183,45 +184,45 @@ class MemoryJobStore(QueueStore):
             return tuple(
                 invocation
                 for _, rows in sorted(self._jobs.items())
-                for invocation in state.release(rows, holder, cause, now)
+                for invocation in oversight.release(rows, holder, cause, now)
             )
 
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
         with self._lock:
-            return state.expired(self._rows(job), self._clock())
+            return oversight.expired(self._rows(job), self._clock())
 
     def running(self, job: JobId) -> tuple[RunningToken, ...]:
         with self._lock:
-            return state.running(self._rows(job))
+            return oversight.running(self._rows(job))
 
     def duplicate(self, job: JobId, tokens: Sequence[TokenId]) -> tuple[Invocation, ...]:
         with self._lock:
-            return state.duplicate(self._rows(job), tokens, self._clock())
+            return oversight.duplicate(self._rows(job), tokens, self._clock())
 
     def report_lost(
         self, job: JobId, token: TokenId, attempt: AttemptId, exports: Sequence[ExportId]
     ) -> bool:
         with self._lock:
             self._changed.notify_all()
-            return state.report_lost(self._rows(job), token, attempt, exports)
+            return oversight.report_lost(self._rows(job), token, attempt, exports)
 
     def mark_lost(self, job: JobId, exports: Sequence[ExportId]) -> None:
         with self._lock:
             self._changed.notify_all()
-            state.mark_lost(self._rows(job), exports)
+            oversight.mark_lost(self._rows(job), exports)
 
     def recorded(self, job: JobId) -> tuple[ExportId, ...]:
         with self._lock:
-            return state.recorded(self._rows(job))
+            return oversight.recorded(self._rows(job))
 
     def relaunch(self, request: Relaunch) -> tuple[Invocation, ...]:
         with self._lock:
             self._changed.notify_all()
-            return state.relaunch(self._rows(request.job), request, self._clock())
+            return oversight.relaunch(self._rows(request.job), request, self._clock())
 
     def view(self, job: JobId) -> JobView | None:
         with self._lock:
-            return state.view(self._rows(job))
+            return oversight.view(self._rows(job))
 
     def wait(
         self, job: JobId, version: int, timeout_s: float, progress: bool = False
@@ -233,10 +234,10 @@ class MemoryJobStore(QueueStore):
             try:
                 while True:
                     rows = self._rows(job)
-                    row = rows.get(state.JOB, state.THE_JOB)
+                    row = rows.get(job_rows.JOB, job_rows.THE_JOB)
                     remaining_s = deadline - time.monotonic()
-                    if row is None or remaining_s <= 0 or state.is_news(row, version, progress):
-                        return state.view(rows)
+                    if row is None or remaining_s <= 0 or oversight.is_news(row, version, progress):
+                        return oversight.view(rows)
                     self._changed.wait(remaining_s)
             finally:
                 self._n_waiting -= 1
@@ -244,32 +245,32 @@ class MemoryJobStore(QueueStore):
 
     def results(self, job: JobId) -> tuple[Located, ...]:
         with self._lock:
-            return state.results(self._rows(job))
+            return oversight.results(self._rows(job))
 
     def traces(self, job: JobId) -> tuple[object, ...]:
         with self._lock:
-            return state.traces(self._rows(job))
+            return oversight.traces(self._rows(job))
 
     def collect(self, job: JobId) -> tuple[tuple[Located, ...], tuple[object, ...]]:
         with self._lock:
             rows = self._rows(job)
-            return state.results(rows), state.traces(rows)
+            return oversight.results(rows), oversight.traces(rows)
 
     def manifest(self, job: JobId) -> object | None:
         with self._lock:
-            return state.manifest(self._rows(job))
+            return oversight.manifest(self._rows(job))
 
     def cancel(self, job: JobId) -> bool:
         with self._lock:
             self._changed.notify_all()
-            return state.cancel(self._rows(job))
+            return oversight.cancel(self._rows(job))
 
     def forget(self, job: JobId) -> None:
         with self._lock:
             self._changed.notify_all()
             rows = self._jobs.pop(job, None)
             if rows is not None:
-                for key, row in rows.scan(state.TOKENS):
+                for key, row in rows.scan(job_rows.TOKENS):
                     self._queue.remove(job, key, row.priority)
 
     def jobs(self) -> tuple[JobId, ...]:

@@ -5,13 +5,6 @@ the Lua script of the Redis store says the same again. Each function is one atom
 design.md, section 3: it reads and writes rows of one job, and either changes all that it says or
 nothing. `now` is the store's clock, in seconds.
 
-    tokens    the live invocations: queued or running. Together they are the work that can begin.
-    waiting   strands that miss inputs, with one counter each
-    exports   values: recorded entries, and how many consumers have not read them yet
-    receipts  of commits whose minted tokens have not all been started
-    programs  where the code of each static strand is
-    job       status, counters, garbage
-
 The lines of thought that everything rests on:
 - A commit is applied exactly once, since it removes its token. So counters are enough.
 - A token exists from the commit that minted it to the commit that spends it. So at every moment the
@@ -20,14 +13,11 @@ The lines of thought that everything rests on:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable
 
 from wukong.executor.messages import (
     Absorbed,
     AttemptId,
-    BlobId,
     Commit,
     Create,
     Entry,
@@ -36,20 +26,36 @@ from wukong.executor.messages import (
     Grant,
     HolderId,
     Invocation,
-    JobId,
-    JobView,
     Located,
     Output,
-    Part,
     Reason,
     Receipt,
     Refused,
-    Relaunch,
-    RunningToken,
     Spawn,
     Status,
     StrandId,
     TokenId,
+)
+from wukong.storage.rows import (
+    EXPORTS,
+    JOB,
+    MANIFEST,
+    PROGRAMS,
+    RECEIPTS,
+    THE_JOB,
+    TOKENS,
+    TRACES,
+    WAITING,
+    ExportRow,
+    JobRow,
+    ProgramRow,
+    R,
+    ReceiptRow,
+    Rows,
+    Table,
+    TokenRow,
+    TraceRow,
+    WaitingRow,
 )
 
 REINVOKE_MAX = 64
@@ -59,166 +65,15 @@ BACKOFF_S = 2.0
 BACKOFF_MAX_S = 60.0
 GARBAGE_MAX = 64
 """Garbage ids in one receipt."""
-NO_ATTEMPT = AttemptId("")
-NO_HOLDER = HolderId("")
-
-
-@dataclass(slots=True)
-class TokenRow:
-    """One live invocation."""
-
-    strand: StrandId
-    base: StrandId
-    part: Part | None
-    inputs: tuple[ExportId, ...]
-    minted_by: str
-    """The spent token whose receipt waits for this one to start; "" for none."""
-    n_deaths: int
-    priority: int
-    stamped_at: float
-    """When it was queued, or its last heartbeat."""
-    running: bool = False
-    attempt: AttemptId = NO_ATTEMPT
-    holder: HolderId = NO_HOLDER
-    n_starts: int = 0
-    n_invokes: int = 1
-    cause: str = ""
-    """How the last attempt died, as far as known."""
-
-
-@dataclass(slots=True)
-class WaitingRow:
-    """A strand that misses inputs."""
-
-    base: StrandId
-    part: Part | None
-    n_missing: int
-    inputs: tuple[ExportId, ...]
-    """Static strand: those that are complete. Spawned strand: all of them."""
-    n_deaths: int = 0
-
-
-@dataclass(slots=True)
-class ExportRow:
-    """The values of one export."""
-
-    n_left: int
-    """Values still to be recorded."""
-    n_consumers: int
-    """Strands and clients that have not read it."""
-    requested: bool
-    entries: tuple[Entry, ...]
-
-
-@dataclass(slots=True)
-class ReceiptRow:
-    """What a commit minted, until all of it has been started."""
-
-    attempt: AttemptId
-    minted: tuple[TokenId, ...]
-    become: TokenId
-    n_unstarted: int
-
-
-@dataclass(slots=True)
-class JobRow:
-    """The job itself."""
-
-    status: Status
-    n_requested: int
-    """Requested exports that are not complete."""
-    n_tasks: int
-    n_strands: int
-    fail_fast: bool
-    priority: int
-    silence_s: float
-    """A running token without heartbeat for this long counts as dead."""
-    sweep_at: float
-    version: int = 1
-    generation: int = 0
-    error: bytes | object | None = None
-    n_tasks_done: int = 0
-    n_commits: int = 0
-    n_starts: int = 0
-    n_retries: int = 0
-    n_deaths: int = 0
-    garbage: tuple[BlobId, ...] = ()
-    lost: tuple[ExportId, ...] = ()
-    done: tuple[StrandId, ...] = ()
-    """Strands of an earlier generation that are not to run again."""
-
-
-@dataclass(slots=True)
-class ProgramRow:
-    """Where the program of a static strand is."""
-
-    entry: Entry
-
-
-@dataclass(slots=True)
-class TraceRow:
-    """The packed trace of one commit."""
-
-    packed: bytes | object
-
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Table(Generic[R]):
-    """Names one kind of row; `code` is its tag in the stores' keys."""
-
-    code: str
-    row: type[R]
-
-
-TOKENS: Table[TokenRow] = Table("t", TokenRow)
-WAITING: Table[WaitingRow] = Table("w", WaitingRow)
-EXPORTS: Table[ExportRow] = Table("e", ExportRow)
-RECEIPTS: Table[ReceiptRow] = Table("r", ReceiptRow)
-PROGRAMS: Table[ProgramRow] = Table("p", ProgramRow)
-TRACES: Table[TraceRow] = Table("x", TraceRow)
-JOB: Table[JobRow] = Table("j", JobRow)
-TABLES = (TOKENS, WAITING, EXPORTS, RECEIPTS, PROGRAMS, TRACES, JOB)
-THE_JOB = ""
-"""The id of the one row of `JOB`."""
-MANIFEST = "manifest"
-"""The id of the manifest's row in `PROGRAMS`."""
-
-
-class Rows(Protocol):
-    """The rows of one job, inside one atomic operation.
-
-    A row that was read may be changed in place; it counts as written only after `put`.
-    """
-
-    job: JobId
-
-    def get(self, table: Table[R], key: str) -> R | None:
-        """The row, or None."""
-        ...
-
-    def put(self, table: Table[R], key: str, row: R) -> None:
-        """Write a row."""
-        ...
-
-    def delete(self, table: Table[R], key: str) -> None:
-        """Remove a row; one that is absent is no error."""
-        ...
-
-    def scan(self, table: Table[R]) -> Iterator[tuple[str, R]]:
-        """All rows of a table, in a fixed order, safe against changes while it is read."""
-        ...
-
-
 # ------------------------------------------------------------------ operations
 
 
 def create(rows: Rows, request: Create, silence_s: float, now: float) -> tuple[Invocation, ...]:
     """Begin a job. A job that exists already is left as it is (the repetition of a lost reply)."""
     if rows.get(JOB, THE_JOB) is not None:
-        return tuple(Invocation(rows.job, TokenId(t), row.priority) for t, row in _queued(rows))
+        return tuple(
+            Invocation(rows.job, TokenId(t), row.priority) for t, row in queued_tokens(rows)
+        )
     job = JobRow(
         status=Status.RUNNING,
         n_requested=request.n_requested,
@@ -237,7 +92,7 @@ def create(rows: Rows, request: Create, silence_s: float, now: float) -> tuple[I
         _record(rows, job, output, arrivals)
     for feed, export in arrivals:
         _arrive(rows, feed, export)
-    minted = _mint_entries(rows, job, request.entries, request.entry_inputs, now)
+    minted = mint_entries(rows, job, request.entries, request.entry_inputs, now)
     if job.n_requested == 0:
         job.status = Status.DONE
     rows.put(JOB, THE_JOB, job)
@@ -260,7 +115,7 @@ def start(
         if row.running:
             if now - row.stamped_at < job.silence_s:
                 return Refused(Reason.HELD)
-            _die(job, row)
+            count_death(job, row)
         _confirm(rows, row)
         row.running = True
         row.attempt = attempt
@@ -304,7 +159,7 @@ def absorb(
         return Refused(Reason.HELD)
     program = rows.get(PROGRAMS, waiting.base)
     assert program is not None, f"strand {waiting.base} has no program"
-    recorded = [e for e in waiting.inputs if _is_complete(rows, e)]
+    recorded = [e for e in waiting.inputs if is_complete(rows, e)]
     return Absorbed(waiting.base, program.entry, waiting.part, _locate(rows, recorded))
 
 
@@ -326,190 +181,11 @@ def commit(rows: Rows, request: Commit, now: float) -> Receipt | Refused:
     if request.trace is not None:
         rows.put(TRACES, f"{job.n_commits:09d}", TraceRow(request.trace))
     if request.failed is not None:
-        _end(rows, job, Status.FAILED, request.failed)
+        end_job(rows, job, Status.FAILED, request.failed)
         return Receipt(None, (), (), job_over=True)
     receipt = _apply(rows, job, request, now)
     rows.put(JOB, THE_JOB, job)
     return receipt
-
-
-def release(rows: Rows, holder: HolderId, cause: str, now: float) -> tuple[Invocation, ...]:
-    """Queue again what a dead holder ran."""
-    job = rows.get(JOB, THE_JOB)
-    if job is None or job.status is not Status.RUNNING:
-        return ()
-    released = []
-    for key, row in rows.scan(TOKENS):
-        if row.running and row.holder == holder:
-            row.running = False
-            row.n_deaths += 1
-            row.cause = cause
-            row.stamped_at = now
-            row.n_invokes += 1
-            job.n_deaths += 1
-            rows.put(TOKENS, key, row)
-            released.append(Invocation(rows.job, TokenId(key), row.priority))
-    if released:
-        rows.put(JOB, THE_JOB, job)
-    return tuple(released)
-
-
-def expired(rows: Rows, now: float) -> tuple[Invocation, ...]:
-    """Tokens to invoke again: at most `REINVOKE_MAX`, the longest silent first."""
-    job = rows.get(JOB, THE_JOB)
-    if job is None or job.status is not Status.RUNNING:
-        return ()
-    found = _sweep(rows, job, REINVOKE_MAX, now)
-    rows.put(JOB, THE_JOB, job)
-    return found
-
-
-def running(rows: Rows) -> tuple[RunningToken, ...]:
-    """The tokens that are run."""
-    return tuple(
-        RunningToken(
-            TokenId(key), row.strand, None if row.part is None else row.part.tasks, row.n_starts
-        )
-        for key, row in rows.scan(TOKENS)
-        if row.running
-    )
-
-
-def duplicate(rows: Rows, tokens: Iterable[TokenId], now: float) -> tuple[Invocation, ...]:
-    """Queue tokens besides, that run for the first time; of two attempts the first commit wins.
-
-    It counts as no death. The first attempt may still commit, as its token is live; its heartbeat
-    is refused as HELD, which does not stop it.
-    """
-    found = []
-    for token in tokens:
-        row = rows.get(TOKENS, token)
-        if row is None or not row.running or row.n_starts != 1:
-            continue
-        row.running = False
-        row.stamped_at = now
-        rows.put(TOKENS, token, row)
-        found.append(Invocation(rows.job, token, row.priority))
-    return tuple(found)
-
-
-def report_lost(
-    rows: Rows, token: TokenId, attempt: AttemptId, exports: Iterable[ExportId]
-) -> bool:
-    """Note exports that cannot be read, and stop: the client opens a new generation.
-
-    No token is left, so nothing is recorded or discarded until then.
-    """
-    job = rows.get(JOB, THE_JOB)
-    row = rows.get(TOKENS, token)
-    if job is None or row is None or not row.running or row.attempt != attempt:
-        return False
-    _lose(rows, job, exports)
-    return True
-
-
-def mark_lost(rows: Rows, exports: Iterable[ExportId]) -> None:
-    """As `report_lost`, by the client, which cannot read results."""
-    job = rows.get(JOB, THE_JOB)
-    if job is not None and job.status in (Status.RUNNING, Status.DONE):
-        job.status = Status.RUNNING
-        _lose(rows, job, exports)
-
-
-def recorded(rows: Rows) -> tuple[ExportId, ...]:
-    """The exports that are complete."""
-    return tuple(ExportId(key) for key, row in rows.scan(EXPORTS) if row.n_left == 0)
-
-
-def relaunch(rows: Rows, request: Relaunch, now: float) -> tuple[Invocation, ...]:
-    """Open a new generation; nothing when the job is there already, or has ended."""
-    job = rows.get(JOB, THE_JOB)
-    if job is None or job.status is not Status.RUNNING or job.generation >= request.generation:
-        return ()
-    if not all(_is_complete(rows, export) for export, _ in request.survivors):
-        return ()  # a failover has taken back what the client had seen (seed 27066)
-    job.generation = request.generation
-    job.lost = ()
-    job.done = request.done
-    job.version += 1
-    job.n_requested = request.n_requested
-    _clear_work(rows)
-    survivors = dict(request.survivors)
-    for key, row in rows.scan(EXPORTS):
-        n_consumers = survivors.get(ExportId(key), 0)
-        if n_consumers and row.n_left == 0:
-            row.n_consumers = n_consumers
-            rows.put(EXPORTS, key, row)
-        else:
-            _discard(rows, job, ExportId(key), row)
-    for strand, n_missing, inputs in request.waiting:
-        rows.put(WAITING, strand, WaitingRow(strand, None, n_missing, inputs))
-    minted = _mint_entries(rows, job, request.entries, request.entry_inputs, now)
-    if job.n_requested == 0:
-        job.status = Status.DONE
-    rows.put(JOB, THE_JOB, job)
-    return minted
-
-
-def view(rows: Rows) -> JobView | None:
-    """The job as it stands."""
-    job = rows.get(JOB, THE_JOB)
-    if job is None:
-        return None
-    tokens = [row.running for _, row in rows.scan(TOKENS)]
-    return JobView(
-        job=rows.job,
-        version=job.version,
-        status=job.status,
-        error=job.error,
-        n_tasks=job.n_tasks,
-        n_strands=job.n_strands,
-        n_tasks_done=job.n_tasks_done,
-        n_commits=job.n_commits,
-        n_starts=job.n_starts,
-        n_queued=tokens.count(False),
-        n_running=tokens.count(True),
-        n_retries=job.n_retries,
-        n_deaths=job.n_deaths,
-        lost=job.lost,
-        generation=job.generation,
-    )
-
-
-def results(rows: Rows) -> tuple[Located, ...]:
-    """The requested exports that are complete."""
-    return tuple(
-        Located(ExportId(key), row.entries)
-        for key, row in rows.scan(EXPORTS)
-        if row.requested and row.n_left == 0
-    )
-
-
-def traces(rows: Rows) -> tuple[object, ...]:
-    """The packed traces of all commits, in their order."""
-    return tuple(row.packed for _, row in rows.scan(TRACES))
-
-
-def manifest(rows: Rows) -> object | None:
-    """What `Create.manifest` said."""
-    row = rows.get(PROGRAMS, MANIFEST)
-    return None if row is None else row.entry.payload
-
-
-def is_news(job: JobRow, version: int, progress: bool) -> bool:
-    """Say whether a watcher who knows the job at `version` has to be woken."""
-    if job.status is not Status.RUNNING:
-        return True
-    return job.version > version and (progress or bool(job.lost))
-
-
-def cancel(rows: Rows) -> bool:
-    """End a running job."""
-    job = rows.get(JOB, THE_JOB)
-    if job is None or job.status is not Status.RUNNING:
-        return False
-    _end(rows, job, Status.CANCELLED, None)
-    return True
 
 
 # ------------------------------------------------------------------ parts of the operations
@@ -544,11 +220,11 @@ def _apply(rows: Rows, job: JobRow, request: Commit, now: float) -> Receipt:
     if job.n_requested == 0:
         job.status = Status.DONE
         # In a later generation, pieces that only feed finished strands may be left (seed 1198).
-        _clear_work(rows)
+        clear_work(rows)
         receipt = Receipt(None, (), ())
     again: tuple[Invocation, ...] = ()
     if now >= job.sweep_at:
-        again = _sweep(rows, job, 4, now)
+        again = sweep_tokens(rows, job, 4, now)
     return Receipt(
         receipt.become,
         receipt.invoke + again,
@@ -570,7 +246,7 @@ def _record(rows: Rows, job: JobRow, output: Output, arrivals: list[tuple[Feed, 
         job.n_requested -= row.requested
         arrivals.extend((f, output.export) for f in output.feeds if f.strand not in job.done)
         if row.n_consumers <= 0:
-            _discard(rows, job, output.export, row)
+            discard(rows, job, output.export, row)
 
 
 def _count_consumers(rows: Rows, job: JobRow, export: ExportId, n_more: int) -> None:
@@ -579,12 +255,12 @@ def _count_consumers(rows: Rows, job: JobRow, export: ExportId, n_more: int) -> 
     assert row is not None, f"export {export} was discarded before its last consumer"
     row.n_consumers += n_more
     if row.n_consumers <= 0:
-        _discard(rows, job, export, row)
+        discard(rows, job, export, row)
     else:
         rows.put(EXPORTS, export, row)
 
 
-def _discard(rows: Rows, job: JobRow, export: ExportId, row: ExportRow) -> None:
+def discard(rows: Rows, job: JobRow, export: ExportId, row: ExportRow) -> None:
     """Forget an export; its blobs are garbage from now on."""
     rows.delete(EXPORTS, export)
     blobs = tuple(e.blob for e in row.entries if e.blob is not None)
@@ -669,7 +345,7 @@ def _queue(
     )
 
 
-def _mint_entries(
+def mint_entries(
     rows: Rows,
     job: JobRow,
     entries: tuple[StrandId, ...],
@@ -754,12 +430,12 @@ def _locate(rows: Rows, exports: Iterable[ExportId]) -> tuple[Located, ...]:
     return tuple(located)
 
 
-def _is_complete(rows: Rows, export: ExportId) -> bool:
+def is_complete(rows: Rows, export: ExportId) -> bool:
     row = rows.get(EXPORTS, export)
     return row is not None and row.n_left == 0
 
 
-def _sweep(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation, ...]:
+def sweep_tokens(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation, ...]:
     """Find silent tokens, and set when to look again.
 
     Running tokens count as silent by their heartbeat, queued ones only after a back-off that
@@ -776,7 +452,7 @@ def _sweep(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation,
     for _, key, row in found[:limit]:
         if row.running:
             # Queued again, for executors that take tokens from the queue (seed 18).
-            _die(job, row)
+            count_death(job, row)
         else:
             row.n_invokes += 1
             row.stamped_at = now
@@ -784,7 +460,7 @@ def _sweep(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation,
     return tuple(Invocation(rows.job, TokenId(key), row.priority) for _, key, row in found[:limit])
 
 
-def _die(job: JobRow, row: TokenRow) -> None:
+def count_death(job: JobRow, row: TokenRow) -> None:
     """Take a token from a holder that has been silent for long."""
     row.running = False
     row.n_deaths += 1
@@ -797,27 +473,20 @@ def _backoff_s(n_invokes: int) -> float:
     return min(BACKOFF_S * 2.0 ** min(n_invokes, 16), BACKOFF_MAX_S)
 
 
-def _queued(rows: Rows) -> list[tuple[str, TokenRow]]:
+def queued_tokens(rows: Rows) -> list[tuple[str, TokenRow]]:
     return [(key, row) for key, row in rows.scan(TOKENS) if not row.running]
 
 
-def _lose(rows: Rows, job: JobRow, exports: Iterable[ExportId]) -> None:
-    job.lost = tuple(sorted({*job.lost, *exports}))
-    job.version += 1
-    _clear_work(rows)
-    rows.put(JOB, THE_JOB, job)
-
-
-def _end(rows: Rows, job: JobRow, status: Status, error: bytes | object | None) -> None:
+def end_job(rows: Rows, job: JobRow, status: Status, error: bytes | object | None) -> None:
     """No token outlives the job, so nothing of it can be committed any more."""
     job.status = status
     job.error = error
     job.version += 1
-    _clear_work(rows)
+    clear_work(rows)
     rows.put(JOB, THE_JOB, job)
 
 
-def _clear_work(rows: Rows) -> None:
+def clear_work(rows: Rows) -> None:
     """Remove all that could still be run or waited for."""
     _clear(rows, TOKENS)
     _clear(rows, WAITING)
