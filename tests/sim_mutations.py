@@ -13,18 +13,8 @@ import pytest
 
 from wukong.executor import core, split
 from wukong.executor.core import ExecutorCore
-from wukong.executor.messages import (
-    Absorbed,
-    Commit,
-    Delete,
-    Entry,
-    PutValues,
-    Receipt,
-    Refused,
-    Renew,
-    Run,
-    TokenId,
-)
+from wukong.executor.events import Delete, PutValues, Renew, Run
+from wukong.executor.messages import Absorbed, Commit, Entry, Receipt, Refused, TokenId
 from wukong.storage import oversight, state
 from wukong.storage import rows as job_rows
 

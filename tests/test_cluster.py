@@ -285,7 +285,7 @@ def test_an_executor_that_is_stuck_in_an_ended_job_is_replaced(mode, end) -> Non
         # Two strands that take long enough to need both executors.
         dsk = dict.fromkeys(range(16), (tasks.sleep, 0.5))
         cluster.get(dsk, list(dsk))
-        assert time.monotonic() - begun_at < 4.9
+        assert time.monotonic() - begun_at < 7.5
         assert len(set(cluster._pool.holders.values()) - before) == 1
 
 

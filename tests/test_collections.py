@@ -382,6 +382,7 @@ def test_a_shortened_traceback_has_the_users_frames_only(cluster: wukong.LocalCl
     ]
 
 
+@pytest.mark.slow
 def test_a_value_that_owns_a_folder_outlives_its_copies(cluster: wukong.LocalCluster) -> None:
     # partd's files remove their folder when the object that has made it ends.
     bag = db.from_sequence(range(30), npartitions=6).groupby(lambda x: x % 3, shuffle="disk")
@@ -389,6 +390,7 @@ def test_a_value_that_owns_a_folder_outlives_its_copies(cluster: wukong.LocalClu
         assert sorted(map(len, dict(bag.compute(scheduler=cluster.get)).values())) == [10] * 3
 
 
+@pytest.mark.slow
 def test_a_frame_is_shuffled_by_way_of_a_disk(cluster: wukong.LocalCluster) -> None:
     pdf = pd.DataFrame({"k": list("abcd") * 10, "v": range(40)})
     frame = dd.from_pandas(pdf, npartitions=4).shuffle("k", shuffle_method="disk")

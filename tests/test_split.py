@@ -6,14 +6,8 @@ from random import Random
 
 import pytest
 
-from wukong.executor.messages import (
-    AttemptId,
-    Edges,
-    ExportId,
-    ExportSpec,
-    Feed,
-    StrandId,
-)
+from wukong.executor.events import Edges
+from wukong.executor.messages import AttemptId, ExportId, ExportSpec, Feed, StrandId
 from wukong.executor.split import FIRST_BYTES, Split, cut_rest, split_rest
 
 FEED = Feed(StrandId("9"), 2)

@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
     ("wukong.scheduler.fused", "wukong.scheduler.plan"),
-    ("wukong.scheduler.graph",),
+    ("wukong.scheduler.graph", "wukong.storage.rows"),
     (
         "wukong.storage.contract",
         "wukong.storage.state",
@@ -42,6 +42,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.scheduler.parts",
         "wukong.scheduler.recovery",
         "wukong.storage.blobfiles",
+        "wukong.storage.oversight",
     ),
     (
         "wukong.executor.core",
@@ -82,6 +83,8 @@ PURE = {
     "wukong.scheduler.recovery",
     "wukong.scheduler.strands",
     "wukong.storage.contract",
+    "wukong.storage.oversight",
+    "wukong.storage.rows",
     "wukong.storage.state",
 }
 # A pure module may name these in annotations (under TYPE_CHECKING) or take their plain data.

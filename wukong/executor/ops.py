@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
-from wukong.executor.messages import Edges, Part
+from wukong.executor.events import Edges
+from wukong.executor.messages import Part
 from wukong.executor.serialize_programs import Program
 
 Op: TypeAlias = "tuple[int, Callable[..., Any], Sequence[int], tuple[int, ...]]"

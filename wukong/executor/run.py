@@ -29,12 +29,10 @@ from wukong.errors import (
     StoreUnavailable,
 )
 from wukong.executor.core import ExecutorCore, Phase, Policy
-from wukong.executor.invoker import Invoker
-from wukong.executor.messages import (
+from wukong.executor.events import (
     AbsorbAnswered,
     Action,
     AskAbsorb,
-    AttemptId,
     Broken,
     Committed,
     Condemn,
@@ -45,16 +43,11 @@ from wukong.executor.messages import (
     Fetched,
     FetchFailed,
     Forget,
-    Grant,
-    HolderId,
     Invoke,
-    JobId,
     Overdue,
-    Part,
     Put,
     PutValues,
     Ran,
-    Receipt,
     Renew,
     Renewed,
     ReportLost,
@@ -64,6 +57,15 @@ from wukong.executor.messages import (
     Start,
     Started,
     StoreFailed,
+)
+from wukong.executor.invoker import Invoker
+from wukong.executor.messages import (
+    AttemptId,
+    Grant,
+    HolderId,
+    JobId,
+    Part,
+    Receipt,
     StrandId,
     TokenId,
 )

@@ -14,16 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wukong.executor.messages import (
-    AttemptId,
-    Edges,
-    ExportId,
-    ExportSpec,
-    Feed,
-    Part,
-    Spawn,
-    StrandId,
-)
+from wukong.executor.events import Edges
+from wukong.executor.messages import AttemptId, ExportId, ExportSpec, Feed, Part, Spawn, StrandId
 from wukong.scheduler.strands import cut_strands
 
 PIECES_PER_EXECUTOR = 4

@@ -12,36 +12,24 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from wukong.executor.core import ExecutorCore, Phase
-from wukong.executor.messages import (
+from wukong.executor.events import (
     AbsorbAnswered,
-    Absorbed,
     Action,
     AskAbsorb,
-    AttemptId,
-    BlobId,
     Committed,
     Condemn,
     Delete,
     Done,
-    Entry,
     Event,
-    ExportId,
     Fetch,
     Fetched,
     FetchFailed,
     Forget,
-    Grant,
-    HolderId,
-    Invocation,
     Invoke,
     Overdue,
-    Part,
     Put,
     PutValues,
     Ran,
-    Reason,
-    Receipt,
-    Refused,
     Renew,
     Renewed,
     ReportLost,
@@ -51,6 +39,20 @@ from wukong.executor.messages import (
     Start,
     Started,
     StoreFailed,
+)
+from wukong.executor.messages import (
+    Absorbed,
+    AttemptId,
+    BlobId,
+    Entry,
+    ExportId,
+    Grant,
+    HolderId,
+    Invocation,
+    Part,
+    Reason,
+    Receipt,
+    Refused,
 )
 from wukong.sim.checks import Value
 from wukong.sim.memory import Memory

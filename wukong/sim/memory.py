@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wukong.executor.messages import AttemptId, BlobId, Edges, Entry, Part
+from wukong.executor.events import Edges
+from wukong.executor.messages import AttemptId, BlobId, Entry, Part
 from wukong.sim.checks import Value, Violation
 from wukong.sim.world import World
 

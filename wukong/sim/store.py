@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
+from wukong.executor.events import AskAbsorb, Renew, ReportLost, Start
 from wukong.executor.messages import (
     Absorbed,
-    AskAbsorb,
     AttemptId,
     BlobId,
     Commit,
@@ -29,9 +29,6 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
     Relaunch,
-    Renew,
-    ReportLost,
-    Start,
     Status,
     TokenId,
 )
