@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-from wukong.executor.core import Policy
 from wukong.executor.messages import Invocation
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_seats import ProcessSeat
 from wukong.executor.pool_zygote import Settings
+from wukong.executor.work import Policy
 
 FOLDERS = ("queued", "running", "done", "beats")
 

@@ -301,7 +301,7 @@ def blob_ids_without_the_attempt(patch: Patch) -> None:
 
 @mutation
 def a_deadly_task_is_never_alone(patch: Patch) -> None:
-    patch.setattr(core, "_limit", lambda work: len(work.part.tasks))
+    patch.setattr(core, "task_limit", lambda work: len(work.part.tasks))
 
 
 @mutation

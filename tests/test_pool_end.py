@@ -83,7 +83,7 @@ CLIENT = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from pool_stand_in import FolderStore, wait_until
-    from wukong.executor.core import Policy
+    from wukong.executor.work import Policy
     from wukong.executor.pool import ProcessPool
 
     folder = Path(sys.argv[1])

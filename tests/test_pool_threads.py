@@ -10,8 +10,8 @@ import pytest
 from pool_stand_in import FolderStore, new_thread_executor, own_threads, wait_until
 
 from wukong.errors import InvokeError
-from wukong.executor.core import Policy
 from wukong.executor.pool_threads import ThreadPool
+from wukong.executor.work import Policy
 
 WAIT_FOR_GO = "while not (folder / 'go').exists(): time.sleep(0.001)\nanswer = holder"
 

@@ -12,10 +12,10 @@ import pytest
 
 from wukong.errors import StoreUnavailable
 from wukong.executor import run
-from wukong.executor.core import Policy
 from wukong.executor.messages import HolderId, JobId, Status
 from wukong.executor.run import Executor
 from wukong.executor.wire import raise_error
+from wukong.executor.work import Policy
 from wukong.job_driver import resolve
 from wukong.scheduler.costs import Costs
 from wukong.scheduler.graph import plan_graph

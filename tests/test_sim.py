@@ -15,8 +15,8 @@ from dataclasses import replace
 import pytest
 from sim_mutations import MUTATIONS, Patch
 
-from wukong.executor.core import Policy
 from wukong.executor.messages import Status
+from wukong.executor.work import Policy
 from wukong.sim import (
     AWS_LAMBDA,
     LOCAL_POOL,

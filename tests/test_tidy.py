@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 60
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
-    ("wukong.executor.messages", "wukong.scheduler.calls"),
+    ("wukong.executor.messages", "wukong.executor.events", "wukong.scheduler.calls"),
     ("wukong.scheduler.fused", "wukong.scheduler.plan"),
     ("wukong.scheduler.graph", "wukong.storage.rows"),
     (
@@ -45,7 +45,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.oversight",
     ),
     (
-        "wukong.executor.core",
+        "wukong.executor.work",
         "wukong.executor.ops",
         "wukong.scheduler.job",
         "wukong.storage.memory*",
@@ -54,6 +54,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.s3*",
     ),
     ("wukong.storage",),
+    ("wukong.executor.core",),
     ("wukong.executor.wire",),
     ("wukong.executor.recorder",),
     ("wukong.executor.run", "wukong.rdma.verbs"),
@@ -76,8 +77,10 @@ LAYERS: list[tuple[str, ...]] = [
 PURE = {
     "wukong.errors",
     "wukong.executor.core",
+    "wukong.executor.events",
     "wukong.executor.messages",
     "wukong.executor.split",
+    "wukong.executor.work",
     "wukong.rdma.lease",
     "wukong.scheduler.job",
     "wukong.scheduler.recovery",

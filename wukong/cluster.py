@@ -21,11 +21,11 @@ from dask.callbacks import local_callbacks
 from wukong import config
 from wukong.callbacks import CallbackFeed
 from wukong.errors import JobNotFound, WukongError
-from wukong.executor.core import Policy
 from wukong.executor.messages import JobId
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_threads import ThreadPool
 from wukong.executor.wire import Traffic, open_wire
+from wukong.executor.work import Policy
 from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
 from wukong.scheduler.costs import Costs

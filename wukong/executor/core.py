@@ -18,7 +18,6 @@ whoever starts that token begins anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import IntEnum
 
 from wukong.executor.events import (
@@ -59,7 +58,6 @@ from wukong.executor.messages import (
     Commit,
     Entry,
     ExportId,
-    ExportSpec,
     Feed,
     Grant,
     HolderId,
@@ -69,39 +67,10 @@ from wukong.executor.messages import (
     Reason,
     Receipt,
     Refused,
-    StrandId,
     TokenId,
 )
-from wukong.executor.split import Split, cut_rest, split_rest
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What may be tuned, and the switches that let each idea be measured alone."""
-
-    inline_bytes: int = 256 * 1024
-    """Bytes of values that travel inside one commit; design.md, section 3, rule 11."""
-    blob_bytes: int = 64 * 1024
-    """A value of at least this size is a blob of its own."""
-    absorb_bytes: int = 1024 * 1024
-    """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
-    split: bool = True
-    """Give away the rest of a strand that runs long while executors are idle."""
-    split_bytes_per_s: float = 2e7
-    """A split may store so many bytes for each second of work that is left: a fiftieth of what
-    storing them takes at 1 GB/s."""
-    heartbeat_s: float = 1.0
-    """Time between renewals of a running token."""
-    n_deaths_max: int = 3
-    """A task that has killed this many executors, running alone, becomes an error."""
-    retry_s: float = 0.05
-    """First wait before a store that did not answer is asked again; doubles up to 64 times."""
-    give_up_s: float = 60.0
-    """An executor abandons its work when the store has not answered for this long."""
-    full_s: float = 10.0
-    """A value for which the store has had no room for this long is an error of the job."""
-    confirm: bool = False
-    """Wait for the store's replicas before garbage is deleted (rule 3)."""
+from wukong.executor.split import cut_rest, split_rest
+from wukong.executor.work import Policy, Work, absorbing_feed, is_worth_a_split, task_limit
 
 
 class Phase(IntEnum):
@@ -126,42 +95,6 @@ _EVENT_OF_PHASE: dict[Phase, tuple[type, ...]] = {
 }
 
 
-@dataclass(slots=True)
-class _Work:
-    """All that is done under one token: its strand, and the strands absorbed on the way."""
-
-    job: JobId
-    token: TokenId
-    attempt: AttemptId
-    base: StrandId
-    n_starts: int
-    n_deaths: int
-    cause: str
-    part: Part = Part((), (), ())
-    """The part that runs now."""
-    n_tasks: int = 0
-    """Tasks done so far."""
-    sizes: dict[int, int] = field(default_factory=dict)
-    """Bytes of the values that are to be recorded."""
-    specs: tuple[ExportSpec, ...] = ()
-    """Exports that are to be recorded."""
-    inputs: list[ExportId] = field(default_factory=list)
-    """Recorded exports that this work reads."""
-    recorded: dict[int, ExportId] = field(default_factory=dict)
-    """Values of those exports."""
-    absorbed: list[StrandId] = field(default_factory=list)
-    split: Split | None = None
-    failed: bytes | object | None = None
-    blobs: tuple[BlobId, ...] = ()
-    """Blobs that this attempt has put and not yet committed."""
-    is_once: bool = False
-    """A task of the part may not be run again."""
-    run_at: float = 0.0
-    """When the part that runs now was begun."""
-    doomed: bool = False
-    """The token is spent or the job is over: stop, and record nothing."""
-
-
 class ExecutorCore:
     """The state machine of one executor, which runs one token at a time.
 
@@ -180,7 +113,7 @@ class ExecutorCore:
         self.is_draining = False
         """Become nothing more: end after the strand that is held."""
         self._new_attempt = new_attempt
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._overdue = False
         self._collected: tuple[BlobId, ...] = ()
         self._renew_at: float | None = None
@@ -284,7 +217,7 @@ class ExecutorCore:
     # -------------------------------------------------------------- from a token to a run
 
     def _begin(self, grant: Grant, now: float) -> list[Action]:
-        self._work = _Work(
+        self._work = Work(
             grant.job,
             grant.token,
             grant.attempt,
@@ -309,7 +242,7 @@ class ExecutorCore:
         work.run_at = now
         if work.doomed:
             return self._idle(None)
-        n_tasks, limit = len(part.tasks), _limit(work)
+        n_tasks, limit = len(part.tasks), task_limit(work)
         if is_once and work.n_deaths:
             return [Condemn(part, 0, work.cause)]
         if n_tasks == 1 and work.n_starts > self.policy.n_deaths_max:
@@ -338,33 +271,11 @@ class ExecutorCore:
             n_later = len(ran.edges.tasks) - 1
             return self._put_split(ran.edges, [0, *[int(ran.n_done == 0)] * n_later])
         work.specs = work.part.exports
-        feed = self._absorbable(work)
+        feed = absorbing_feed(work, self.policy)
         if feed is not None:
             self.phase = Phase.ABSORBING
             return [AskAbsorb(work.job, work.token, work.attempt, feed, len(work.specs))]
         return self._put()
-
-    def _absorbable(self, work: _Work) -> Feed | None:
-        """The strand that alone reads everything this work has made, if that is much (rule 8).
-
-        When anybody else waits for an output, holding it back would hold them up.
-        """
-        if not 0 < self.policy.absorb_bytes <= sum(work.sizes.values()):
-            return None
-        if work.n_deaths:
-            return None  # a task that kills executors is to end alone, and not its inputs' tasks
-        if self.policy.confirm:
-            # What an absorbed strand has read may be rolled back, and recorded anew by others,
-            # while the token that absorbed it stays: two attempts would be seen (seed 427).
-            return None
-        feeds = [feed for spec in work.specs for feed in spec.feeds]
-        if len(feeds) != len(work.specs) or len({feed.strand for feed in feeds}) != 1:
-            return None
-        for spec in work.specs:
-            # In a piece of a split strand, the rest of an export is made elsewhere.
-            if spec.requested or len(spec.feeds) != 1 or spec.n_values != len(spec.tasks):
-                return None
-        return feeds[0]
 
     def _absorb(self, absorbed: Absorbed) -> list[Action]:
         work = self._held()
@@ -395,7 +306,7 @@ class ExecutorCore:
                 items.append(PutItem(spec.export, small, None if inline else self._blob(work)))
         return [PutValues(tuple(items))]
 
-    def _blob(self, work: _Work) -> BlobId:
+    def _blob(self, work: Work) -> BlobId:
         blob = BlobId(f"{work.job}/{work.attempt}/{len(work.blobs)}")
         work.blobs += (blob,)
         return blob
@@ -435,7 +346,7 @@ class ExecutorCore:
         work.split = None
         return self._send(work, failed=error)
 
-    def _send(self, work: _Work, **fields: object) -> list[Action]:
+    def _send(self, work: Work, **fields: object) -> list[Action]:
         self.phase = Phase.COMMITTING
         self._ambiguous = False
         commit = Commit(
@@ -513,7 +424,7 @@ class ExecutorCore:
     def _split_running(self, overdue: Overdue, now: float) -> list[Action]:
         """Give away what has not begun, while a task runs on (rule 9)."""
         work = self._held()
-        unchanged = Resume(work.part, _limit(work))
+        unchanged = Resume(work.part, task_limit(work))
         if work.doomed:
             return [Resume(work.part, 0)]
         if work.n_deaths or (self.is_draining and work.is_once):
@@ -524,22 +435,12 @@ class ExecutorCore:
             return [unchanged]
         else:
             piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
-            if max(piece_of) == 0 or not self._is_worth(work, overdue, now):
+            if max(piece_of) == 0 or not is_worth_a_split(work, overdue, self.policy, now):
                 return [unchanged]
         self._overdue = True
         work.n_tasks += overdue.n_done
         work.sizes.update(overdue.sizes)
         return self._put_split(overdue.edges, piece_of)
-
-    def _is_worth(self, work: _Work, overdue: Overdue, now: float) -> bool:
-        """Whether what a split has to store is little beside what is left to run.
-
-        If it is not, a later moment may be better: between two groups of tasks nothing large lives.
-        """
-        wanted = {v for values in overdue.edges.inputs for v in values} - work.recorded.keys()
-        n_bytes = sum(overdue.sizes.get(value, 0) for value in wanted)
-        left_s = (now - work.run_at) / (overdue.n_done + 1) * len(overdue.edges.tasks)
-        return n_bytes <= max(self.policy.blob_bytes, left_s * self.policy.split_bytes_per_s)
 
     def _resume(self, receipt: Receipt, now: float) -> list[Action]:
         """Go on with the piece that was kept; the run has waited for this."""
@@ -589,15 +490,6 @@ class ExecutorCore:
         self._n_failures += 1
         return []
 
-    def _held(self) -> _Work:
+    def _held(self) -> Work:
         assert self._work is not None, "the executor holds no token"
         return self._work
-
-
-def _limit(work: _Work) -> int:
-    """How many tasks to run before a commit.
-
-    Each death makes the next attempt run a sixteenth, so that the task which kills executors is
-    alone soon (rule 6 asks for halves; this takes fewer deaths).
-    """
-    return max(1, len(work.part.tasks) >> (4 * work.n_deaths))

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wukong.errors import InvokeError, StoreError
-from wukong.executor.core import Policy
 from wukong.executor.messages import HolderId, Invocation
 from wukong.executor.pool_launch import (
     Message,
@@ -42,6 +41,7 @@ from wukong.executor.pool_launch import (
 )
 from wukong.executor.pool_seats import Doorbell
 from wukong.executor.pool_zygote import GRACE_S, Settings
+from wukong.executor.work import Policy
 from wukong.storage import Store
 
 logger = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ from queue import Empty, SimpleQueue
 from dask.system import CPU_COUNT
 
 from wukong.errors import InvokeError
-from wukong.executor.core import Policy
 from wukong.executor.invoker import Invoker
 from wukong.executor.messages import HolderId, Invocation
 from wukong.executor.pool_launch import BLAS_VARIABLES
 from wukong.executor.pool_seats import Runner, run_until_drained
 from wukong.executor.pool_zygote import GRACE_S
 from wukong.executor.run import SPLIT_AFTER_S, Executor
+from wukong.executor.work import Policy
 from wukong.storage import Store
 
 logger = logging.getLogger(__name__)

@@ -35,10 +35,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wukong.executor.core import Policy
 from wukong.executor.messages import HolderId
 from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
 from wukong.executor.run import Executor
+from wukong.executor.work import Policy
 from wukong.storage import open_store
 
 BOOT = (

@@ -28,7 +28,7 @@ from wukong.errors import (
     SerializationError,
     StoreUnavailable,
 )
-from wukong.executor.core import ExecutorCore, Phase, Policy
+from wukong.executor.core import ExecutorCore, Phase
 from wukong.executor.events import (
     AbsorbAnswered,
     Action,
@@ -82,6 +82,7 @@ from wukong.executor.wire import (
     measure,
     open_wire,
 )
+from wukong.executor.work import Policy
 from wukong.storage import Store
 
 SPLIT_AFTER_S = 0.1

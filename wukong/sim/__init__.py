@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wukong.executor.core import Policy
 from wukong.executor.messages import Part, Status
+from wukong.executor.work import Policy
 from wukong.scheduler.parts import static_parts
 from wukong.scheduler.strands import cut_strands
 from wukong.sim.checks import Checker, Violation

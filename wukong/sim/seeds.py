@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
-from wukong.executor.core import Policy
+from wukong.executor.work import Policy
 from wukong.sim import Setting, SimReport, Violation, cut_parts, run_world
 from wukong.sim.dags import SHAPES, Costs, Dag, random_costs
 from wukong.sim.faults import NO_FAULTS, Faults, draw_faults

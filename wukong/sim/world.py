@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from wukong.executor.core import Policy
 from wukong.executor.messages import AttemptId, BlobId, JobId, Part
+from wukong.executor.work import Policy
 from wukong.sim.checks import Checker
 from wukong.sim.dags import Costs
 from wukong.sim.faults import NO_FAULTS, Faults

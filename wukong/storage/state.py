@@ -431,6 +431,7 @@ def _locate(rows: Rows, exports: Iterable[ExportId]) -> tuple[Located, ...]:
 
 
 def is_complete(rows: Rows, export: ExportId) -> bool:
+    """Whether all values of an export are recorded."""
     row = rows.get(EXPORTS, export)
     return row is not None and row.n_left == 0
 
@@ -474,6 +475,7 @@ def _backoff_s(n_invokes: int) -> float:
 
 
 def queued_tokens(rows: Rows) -> list[tuple[str, TokenRow]]:
+    """The tokens that nobody runs."""
     return [(key, row) for key, row in rows.scan(TOKENS) if not row.running]
 
 

@@ -1,0 +1,127 @@
+"""What one executor holds while it runs a token, and what may be tuned about it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wukong.executor.events import Overdue
+from wukong.executor.messages import (
+    AttemptId,
+    BlobId,
+    ExportId,
+    ExportSpec,
+    Feed,
+    JobId,
+    Part,
+    StrandId,
+    TokenId,
+)
+from wukong.executor.split import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be tuned, and the switches that let each idea be measured alone."""
+
+    inline_bytes: int = 256 * 1024
+    """Bytes of values that travel inside one commit; design.md, section 3, rule 11."""
+    blob_bytes: int = 64 * 1024
+    """A value of at least this size is a blob of its own."""
+    absorb_bytes: int = 1024 * 1024
+    """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
+    split: bool = True
+    """Give away the rest of a strand that runs long while executors are idle."""
+    split_bytes_per_s: float = 2e7
+    """A split may store so many bytes for each second of work that is left: a fiftieth of what
+    storing them takes at 1 GB/s."""
+    heartbeat_s: float = 1.0
+    """Time between renewals of a running token."""
+    n_deaths_max: int = 3
+    """A task that has killed this many executors, running alone, becomes an error."""
+    retry_s: float = 0.05
+    """First wait before a store that did not answer is asked again; doubles up to 64 times."""
+    give_up_s: float = 60.0
+    """An executor abandons its work when the store has not answered for this long."""
+    full_s: float = 10.0
+    """A value for which the store has had no room for this long is an error of the job."""
+    confirm: bool = False
+    """Wait for the store's replicas before garbage is deleted (rule 3)."""
+
+
+@dataclass(slots=True)
+class Work:
+    """All that is done under one token: its strand, and the strands absorbed on the way."""
+
+    job: JobId
+    token: TokenId
+    attempt: AttemptId
+    base: StrandId
+    n_starts: int
+    n_deaths: int
+    cause: str
+    part: Part = Part((), (), ())
+    """The part that runs now."""
+    n_tasks: int = 0
+    """Tasks done so far."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Bytes of the values that are to be recorded."""
+    specs: tuple[ExportSpec, ...] = ()
+    """Exports that are to be recorded."""
+    inputs: list[ExportId] = field(default_factory=list)
+    """Recorded exports that this work reads."""
+    recorded: dict[int, ExportId] = field(default_factory=dict)
+    """Values of those exports."""
+    absorbed: list[StrandId] = field(default_factory=list)
+    split: Split | None = None
+    failed: bytes | object | None = None
+    blobs: tuple[BlobId, ...] = ()
+    """Blobs that this attempt has put and not yet committed."""
+    is_once: bool = False
+    """A task of the part may not be run again."""
+    run_at: float = 0.0
+    """When the part that runs now was begun."""
+    doomed: bool = False
+    """The token is spent or the job is over: stop, and record nothing."""
+
+
+def task_limit(work: Work) -> int:
+    """How many tasks to run before a commit.
+
+    Each death makes the next attempt run a sixteenth, so that the task which kills executors is
+    alone soon (rule 6 asks for halves; this takes fewer deaths).
+    """
+    return max(1, len(work.part.tasks) >> (4 * work.n_deaths))
+
+
+def is_worth_a_split(work: Work, overdue: Overdue, policy: Policy, now: float) -> bool:
+    """Whether what a split has to store is little beside what is left to run.
+
+    If it is not, a later moment may be better: between two groups of tasks nothing large lives.
+    """
+    wanted = {v for values in overdue.edges.inputs for v in values} - work.recorded.keys()
+    n_bytes = sum(overdue.sizes.get(value, 0) for value in wanted)
+    left_s = (now - work.run_at) / (overdue.n_done + 1) * len(overdue.edges.tasks)
+    return n_bytes <= max(policy.blob_bytes, left_s * policy.split_bytes_per_s)
+
+
+def absorbing_feed(work: Work, policy: Policy) -> Feed | None:
+    """The strand that alone reads everything this work has made, if that is much (rule 8).
+
+    When anybody else waits for an output, holding it back would hold them up.
+    """
+    if not 0 < policy.absorb_bytes <= sum(work.sizes.values()):
+        return None
+    if work.n_deaths:
+        return None  # a task that kills executors is to end alone, and not its inputs' tasks
+    if policy.confirm:
+        # What an absorbed strand has read may be rolled back, and recorded anew by others,
+        # while the token that absorbed it stays: two attempts would be seen (seed 427).
+        return None
+    feeds = [feed for spec in work.specs for feed in spec.feeds]
+    if len(feeds) != len(work.specs) or len({feed.strand for feed in feeds}) != 1:
+        return None
+    for spec in work.specs:
+        # In a piece of a split strand, the rest of an export is made elsewhere.
+        if spec.requested or len(spec.feeds) != 1 or spec.n_values != len(spec.tasks):
+            return None
+    return feeds[0]
