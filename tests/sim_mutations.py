@@ -308,10 +308,10 @@ def a_deadly_task_is_never_alone(patch: Patch) -> None:
 def the_whole_part_runs_after_deaths(patch: Patch) -> None:
     real = ExecutorCore._fetched
 
-    def fetched(self: Any, part: Any, now: float) -> Any:
+    def fetched(self: Any, part: Any, *rest: Any) -> Any:
         return [
             Run(a.part, len(a.part.tasks)) if isinstance(a, Run) else a
-            for a in real(self, part, now)
+            for a in real(self, part, *rest)
         ]
 
     patch.setattr(ExecutorCore, "_fetched", fetched)

@@ -23,8 +23,8 @@ MAX_FUNCTION_LINES = 60
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
-    ("wukong.executor.messages", "wukong.executor.events", "wukong.scheduler.calls"),
-    ("wukong.scheduler.fused", "wukong.scheduler.plan"),
+    ("wukong.executor.messages", "wukong.scheduler.calls"),
+    ("wukong.executor.events", "wukong.scheduler.fused", "wukong.scheduler.plan"),
     ("wukong.scheduler.graph", "wukong.storage.rows"),
     (
         "wukong.storage.contract",

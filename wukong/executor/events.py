@@ -1,4 +1,4 @@
-"""An executor's events (facts) and actions (wishes): what its core and its driver say to each other.
+"""An executor's events (facts) and actions (wishes): how its core and its driver talk.
 
 All immutable, and comparable with ==.
 """

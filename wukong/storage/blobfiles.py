@@ -191,6 +191,11 @@ class BlobFiles:
             return memoryview(b"")
         if sys.version_info >= (3, 13):
             return memoryview(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False))
+        else:
+            return self._map_with_descriptor(fd, size_bytes)
+
+    def _map_with_descriptor(self, fd: int, size_bytes: int) -> memoryview:
+        """Map a file where each mapping costs a descriptor: copied, when there are many."""
         # The number that the mapping's own descriptor would get.
         next_fd = os.dup(fd)
         os.close(next_fd)

@@ -246,7 +246,7 @@ def make_row(table: Table[R], plain: Plain) -> R:
 
 
 class StoredRows:
-    """The rows of one job inside one transaction (`job_rows.Rows`); also keeps the queue in step."""
+    """The rows of one job inside one transaction (`rows.Rows`); also keeps the queue in step."""
 
     __slots__ = (
         "_forgotten",
