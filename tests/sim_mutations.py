@@ -15,6 +15,7 @@ from wukong.executor import core, split
 from wukong.executor.core import ExecutorCore
 from wukong.executor.events import Delete, PutValues, Renew, Run
 from wukong.executor.messages import Absorbed, Commit, Entry, Receipt, Refused, TokenId
+from wukong.executor.work import absorbing_feed
 from wukong.storage import oversight, state
 from wukong.storage import rows as job_rows
 
@@ -67,13 +68,13 @@ def fan_in_owned_by_an_executor(patch: Patch) -> None:
 
 @mutation
 def put_after_commit(patch: Patch) -> None:
-    _put_later(patch, lambda core_: True)
+    _put_later(patch, lambda self: True)
 
 
 @mutation
 def spent_token_before_an_absorbed_value_is_durable(patch: Patch) -> None:
     """Large outputs are held back, and the commit names them; they are put afterwards."""
-    _put_later(patch, lambda core_: core_._absorbable(core_._work) is not None)
+    _put_later(patch, lambda self: absorbing_feed(self._work, self.policy) is not None)
     patch.setattr(ExecutorCore, "_absorb", lambda self, absorbed: self._put())
 
 

@@ -215,6 +215,7 @@ def test_retries_without_annotation_are_configured(cluster, tmp_path) -> None:
         assert cluster.get(dsk, "it") == 3
 
 
+@pytest.mark.slow
 def test_an_annotation_around_compute_holds_for_all_tasks(cluster, tmp_path) -> None:
     x = da.ones(4, chunks=2).map_blocks(
         lambda block: block * tasks.raise_at_first(tmp_path, "runs", 1), dtype=float

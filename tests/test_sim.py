@@ -40,7 +40,7 @@ SLOW_BLOCK = 100
 CAUGHT_BY = {
     "a_split_counts_inputs_by_occurrence": 1221,
     "blob_ids_without_the_attempt": 264,
-    "token_ids_from_a_counter_of_the_store": 567,
+    "token_ids_from_a_counter_of_the_store": 601,
 }
 
 

@@ -65,7 +65,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.rdma.*",
     ),
     ("wukong.sim*",),
-    ("wukong.submit", "wukong.sweep"),
+    ("wukong.chores", "wukong.submit", "wukong.sweep"),
     ("wukong.job_driver", "wukong.callbacks"),
     ("wukong.cluster",),
     ("wukong.client", "wukong.scheduler.dask_server", "wukong.aws*"),

@@ -20,6 +20,7 @@ from dask.callbacks import local_callbacks
 
 from wukong import config
 from wukong.callbacks import CallbackFeed
+from wukong.chores import Chores
 from wukong.errors import JobNotFound, WukongError
 from wukong.executor.messages import JobId
 from wukong.executor.pool import ProcessPool
@@ -93,6 +94,7 @@ class LocalCluster:
         self._own_directory = None
         policy = executor_policy(is_measured=processes)
         self._costs = Costs()
+        self._chores = Chores()
         self._is_cut = bool(config.get("executor.strands"))
         self._pool: ProcessPool | ThreadPool
         if processes:
@@ -213,9 +215,12 @@ class LocalCluster:
             n_retries=int(config.get("job.retries")),
         )
         run = self._run(submission, timeout_s, on_tasks)
+        self._chores.add(lambda: self._learn(plan, run))
+        return plan.resolve(run.values)
+
+    def _learn(self, plan: Plan, run: JobRun) -> None:
         tasks, seconds = run.durations()
         self._costs.learn([plan.calls[task] for task in tasks], seconds)
-        return plan.resolve(run.values)
 
     def _run(
         self, submission: Submission, timeout_s: float | None, on_tasks: OnTasks | None
@@ -226,7 +231,7 @@ class LocalCluster:
             log_after_s=float(config.get("job.log-after-s")),
             speculate=bool(config.get("job.speculate")),
         )
-        run = JobRun(submission, self._store, self._pool, policy, on_tasks)
+        run = JobRun(submission, self._store, self._pool, policy, self._chores, on_tasks)
         with self._changed:
             self._check_open()
             self._running.add(submission.job)
@@ -264,6 +269,7 @@ class LocalCluster:
 
     def jobs(self) -> tuple[str, ...]:
         """Ids of the jobs in the store."""
+        self._chores.do_pending()
         return self._store.jobs.jobs()
 
     def report(self) -> Report:
@@ -293,6 +299,7 @@ class LocalCluster:
             self._changed.wait_for(lambda: not self._running, CANCEL_S)
         for cluster in others:
             cluster.close()
+        self._chores.close()
         self._pool.close()
         self._store.jobs.close()
         if self._store.blobs is not None:

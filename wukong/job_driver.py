@@ -13,6 +13,7 @@ from operator import sub
 from typing import Any
 
 from wukong import trace
+from wukong.chores import Chores
 from wukong.errors import (
     InternalError,
     JobCancelled,
@@ -79,6 +80,7 @@ class JobRun:
         submission: what to run.
         store, invoker: of the cluster.
         policy: the core's.
+        chores: where to leave what the caller need not wait for.
         on_tasks: called with the ids of tasks as they are known to be done, and who ran them;
             asks the store to report every commit.
     """
@@ -89,6 +91,7 @@ class JobRun:
         store: Store,
         invoker: Invoker,
         policy: JobPolicy,
+        chores: Chores,
         on_tasks: OnTasks | None = None,
     ) -> None:
         self._submission = submission
@@ -96,6 +99,7 @@ class JobRun:
         self._jobs = store.jobs
         self._blobs = store.blobs
         self._invoker = invoker
+        self._chores = chores
         self._on_tasks = on_tasks
         self._n_reported = 0
         self._traces: tuple[object, ...] = ()
@@ -156,6 +160,7 @@ class JobRun:
             case InvokeTokens(invocations):
                 self._submission.traffic.n_round_trips -= 1
                 self._invoker.invoke(invocations)
+                self._chores.do_pending()
             case WatchJob(version, timeout_s):
                 return Watched(self._watch(version, timeout_s))
             case SweepJob():
@@ -224,6 +229,9 @@ class JobRun:
         self.view = finish.view
         if finish.end is End.STORE_DOWN:
             self._is_there = False  # somebody may attach to it later
+        elif self._blobs is not None and self._is_small(finish):
+            self._is_there = False
+            self._chores.add(self._forget)
         else:
             self._forget()
         if finish.view is not None:
@@ -236,6 +244,15 @@ class JobRun:
                     raise raise_error(value, self._key(task))
             return
         raise error
+
+    def _is_small(self, finish: Finish) -> bool:
+        """The job has ended well, and has no blobs: its few rows may stay for a moment."""
+        view = finish.view
+        if finish.end is not End.DONE or view is None or view.n_retries or view.n_deaths:
+            return False
+        if self._submission.traffic.n_blobs_written:
+            return False
+        return not any(trace.read(packed).n_blobs_written for packed in self._traces)
 
     def _error(self, finish: Finish) -> BaseException | None:
         match finish.end:

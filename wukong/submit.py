@@ -163,6 +163,8 @@ def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
             (to measure what strands are worth).
     """
     requested = sorted({slot for slot in _slots(plan.requested) if slot >= 0})
+    if len(plan.keys) == 1:
+        return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=1.0)
     seconds = None
     grain = len(plan.keys) / (STRANDS_PER_EXECUTOR * n_executors)
     if costs is None:

@@ -191,7 +191,7 @@ class BlobFiles:
             return memoryview(b"")
         if sys.version_info >= (3, 13):
             return memoryview(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False))
-        else:
+        else:  # what came after it, without else, mypy would call unreachable on 3.13
             return self._map_with_descriptor(fd, size_bytes)
 
     def _map_with_descriptor(self, fd: int, size_bytes: int) -> memoryview:
