@@ -438,13 +438,18 @@ def test_a_token_is_renewed_while_it_is_held(running: Driven) -> None:
 
 @pytest.mark.parametrize("reason", [Reason.SPENT, Reason.OVER])
 def test_work_in_vain_is_stopped(running: Driven, reason: Reason) -> None:
-    assert running.give(Renewed(reason)) == [Resume(PART, 0)]
+    assert running.give(Renewed(AttemptId("n1"), reason)) == [Resume(PART, 0)]
     assert running.give(Ran(1, {})) == [Forget()]
+
+
+def test_a_late_answer_about_another_attempt_changes_nothing(running: Driven) -> None:
+    assert running.give(Renewed(AttemptId("n0"), Reason.SPENT)) == []
+    assert not running.core.is_doomed
 
 
 @pytest.mark.parametrize("reason", [None, Reason.HELD])
 def test_work_that_another_does_too_goes_on(running: Driven, reason: Reason | None) -> None:
-    assert running.give(Renewed(reason)) == []
+    assert running.give(Renewed(AttemptId("n1"), reason)) == []
     (action,) = running.give(Ran(2, {2: 10}))
     assert isinstance(action, PutValues)
 

@@ -122,6 +122,19 @@ def test_a_failed_job_is_collected_too_for_its_report() -> None:
     assert driven.handle(Collected(RESULT), 1.1) == [Finish(End.FAILED, failed, RESULT)]
 
 
+def test_a_failed_job_whose_results_are_gone_is_failed() -> None:
+    driven, failed = launched(), view(Status.FAILED)
+    driven.handle(Watched(failed), 1.0)
+    assert driven.handle(Unreadable((ExportId("0"),)), 1.1) == [Finish(End.FAILED, failed)]
+
+
+def test_a_done_job_without_all_its_results_is_watched_on() -> None:
+    driven = launched(parts=chain(2))
+    driven.handle(Watched(view(Status.DONE, 9)), 1.0)
+    (action,) = driven.handle(Collected(()), 1.1)
+    assert isinstance(action, WatchJob)
+
+
 def test_a_job_that_somebody_cancelled_is_over() -> None:
     cancelled = view(Status.CANCELLED)
     assert launched().handle(Watched(cancelled), 1.0) == [Finish(End.CANCELLED, cancelled)]

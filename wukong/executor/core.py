@@ -458,7 +458,9 @@ class ExecutorCore:
     # -------------------------------------------------------------- what goes wrong beside it
 
     def _renewed(self, renewed: Renewed) -> list[Action]:
-        if self._work is not None and renewed.reason in (Reason.SPENT, Reason.OVER):
+        if self._work is None or self._work.attempt != renewed.attempt:
+            return []
+        if renewed.reason in (Reason.SPENT, Reason.OVER):
             # HELD is no reason to stop: whichever attempt commits first wins.
             self._work.doomed = True
             if self.phase is Phase.RUNNING and not self._overdue:

@@ -119,6 +119,8 @@ class AbsorbAnswered:
 class Renewed:
     """The store's answer to `Renew`."""
 
+    attempt: AttemptId
+    """The attempt that was renewed; by now the executor may be at another."""
     reason: Reason | None
     """None when all is well; see `JobStore.renew`."""
 

@@ -260,7 +260,7 @@ class Executor:
                 return AbsorbAnswered(self._jobs.absorb(job, token, attempt, feed, n_held))
             case Renew(job, token, attempt):
                 self._traffic.n_round_trips += 1
-                return Renewed(self._jobs.renew(job, token, attempt))
+                return Renewed(attempt, self._jobs.renew(job, token, attempt))
             case Invoke(invocations):
                 try:
                     self._invoker.invoke(invocations)

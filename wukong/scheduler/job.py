@@ -284,6 +284,7 @@ class JobCore:
     ) -> None:
         self._job = job
         self._parts = parts
+        self._n_requested = sum(spec.requested for part in parts for spec in part.exports)
         self._policy = policy
         self._request = request
         self._once = once
@@ -336,9 +337,14 @@ class JobCore:
                 return self._relaunch(self._view, set(exports) - set(self._view.lost))
             case Collected(results):
                 assert self._view is not None
-                end = End.DONE if self._view.status is Status.DONE else End.FAILED
-                return self._finish(end, results)
+                if self._view.status is not Status.DONE:
+                    return self._finish(End.FAILED, results)
+                if len(results) < self._n_requested:
+                    return self._watch(now)  # a failover has taken back what was seen (seed 3710)
+                return self._finish(End.DONE, results)
             case Unreadable(exports):
+                if self._view is not None and self._view.status is Status.FAILED:
+                    return self._finish(End.FAILED)  # what it would have returned is of no use
                 return self._do(MarkLost(exports))
             case CancelAsked():
                 return [CancelJob(), *self._finish(End.CANCELLED)]

@@ -338,10 +338,8 @@ class SimExecutor:
         """The heartbeat goes on beside the line of actions."""
 
         def answered(reason: Reason | None) -> None:
-            held = self._core.held
-            if held is not None and held[2] == action.attempt:
-                self._hand(Renewed(reason))
-                self._go()
+            self._hand(Renewed(action.attempt, reason))
+            self._go()
 
         self._store.call(
             lambda: self._store.renew(action),
