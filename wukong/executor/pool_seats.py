@@ -6,6 +6,7 @@ A seat is the executor's invoker, too. It knows nothing of tokens but that the s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -202,6 +203,8 @@ class ProcessSeat:
                     self._end(executor)
                 with self._lock:
                     self._heart_rests = not self._is_busy
+                    if self._heart_rests:
+                        release_memory()
                     timeout_s = None if self._heart_rests else SPLIT_AFTER_S
                 if self._kick_fd in fds:
                     # Work has just begun: there is nothing to renew or to split yet.
@@ -230,6 +233,12 @@ def flush_output() -> None:
         with contextlib.suppress(OSError, ValueError):
             if stream is not None:
                 stream.flush()
+
+
+def release_memory() -> None:
+    """Give free memory back to the system, where the allocator is glibc's."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def milliseconds(timeout_s: float | None) -> int | None:

@@ -31,9 +31,9 @@ class Policy:
     """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
     split: bool = True
     """Give away the rest of a strand that runs long while executors are idle."""
-    split_bytes_per_s: float = 2e7
-    """A split may store so many bytes for each second of work that is left: a fiftieth of what
-    storing them takes at 1 GB/s."""
+    split_bytes_per_s: float = 5e6
+    """A split may store so many bytes for each second of work that is left: storing them then
+    takes a two-hundredth of it, at 1 GB/s."""
     heartbeat_s: float = 1.0
     """Time between renewals of a running token."""
     n_deaths_max: int = 3
