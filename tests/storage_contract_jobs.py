@@ -131,6 +131,25 @@ class JobContract(UsualBeginning):
         with self.nothing_changes():
             assert store.release("h", "died") == ()
 
+    def test_a_straggler_starts_again_and_the_first_commit_wins(self, store: QueueStore) -> None:
+        (running,) = store.running("job")
+        assert (running.token, running.strand, running.tasks, running.n_starts) == (
+            T0,
+            "0",
+            None,
+            1,
+        )
+        assert store.duplicate("job", [T0, "unknown"]) == (invocation(T0),)
+        assert store.running("job") == ()
+        grant = store.start("job", T0, "second", "h2")
+        assert isinstance(grant, Grant)
+        assert (grant.n_starts, grant.n_deaths) == (2, 0)
+        with self.nothing_changes():
+            assert store.duplicate("job", [T0]) == ()
+            assert store.renew("job", T0, "a") is Reason.HELD
+        assert isinstance(store.commit(commit(T0, "a")), Receipt)
+        assert store.commit(commit(T0, "second")) == Refused(Reason.SPENT)
+
     def test_running_tokens_expire_by_their_heartbeat(self, store: QueueStore) -> None:
         store.start("job", T1, "b", "h2")
         self.backend.clock.now += SILENCE_S / 2

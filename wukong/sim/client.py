@@ -90,6 +90,8 @@ class SimClient:
         for dies_at, returns_at in world.setting.faults.client_deaths:
             world.at(dies_at, self._die)
             world.at(returns_at, self._return)
+        for time in world.setting.faults.second_starts:
+            world.at(time, self._duplicate)
 
     def start(self) -> None:
         """Submit the job."""
@@ -111,6 +113,11 @@ class SimClient:
             self._life += 1
             self._core = self._new_core(None)
             self.start()
+
+    def _duplicate(self) -> None:
+        """Take all that runs for stragglers."""
+        if not self._store.is_forgotten:
+            self._invoker.invoke(self._store.duplicate_all())
 
     def _alive(self, callback: Callable[[T], None]) -> Callable[[T], None]:
         """The callback, for as long as this client lives."""

@@ -41,6 +41,8 @@ class Faults:
     """Blobs that are younger than the lag are lost with a failover."""
     blob_losses: tuple[float, ...] = ()
     """Some blob disappears."""
+    second_starts: tuple[float, ...] = ()
+    """All running tokens are taken for stragglers, and started a second time."""
     client_deaths: tuple[tuple[float, float], ...] = ()
     """The client dies, and another one attaches."""
 
@@ -94,4 +96,5 @@ def draw_faults(rng: Random, horizon_s: float, severity: float) -> Faults:
         takes_blobs=rng.random() < 0.3,
         blob_losses=moments(3) if rng.random() < 0.4 else (),
         client_deaths=spells(2, 30.0),
+        second_starts=moments(3),
     )

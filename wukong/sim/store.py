@@ -255,6 +255,13 @@ class SimStore:
         self._changed()
         return invocations
 
+    def duplicate_all(self) -> tuple[Invocation, ...]:
+        """See `JobStore.duplicate`: of everything that runs."""
+        tokens = [running.token for running in oversight.running(self.rows)]
+        invocations = oversight.duplicate(self.rows, tokens, self.world.now)
+        self._changed()
+        return invocations
+
     def report_lost(self, request: ReportLost) -> bool:
         """See `JobStore.report_lost`."""
         reply = oversight.report_lost(self.rows, request.token, request.attempt, request.exports)
