@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -13,7 +14,7 @@ that makes no more calls shall leave nothing behind for long."""
 
 
 class Chores:
-    """Chores of one cluster, each done once, by whoever comes first. Thread-safe."""
+    """Chores of one cluster, each done by whoever comes first. Thread-safe."""
 
     def __init__(self) -> None:
         self._pending: deque[Callable[[], object]] = deque()
@@ -23,7 +24,7 @@ class Chores:
         self._is_closed = False
 
     def add(self, chore: Callable[[], object]) -> None:
-        """Have something done soon; it must not raise."""
+        """Have something done soon; it must not raise, and may be done twice."""
         self._pending.append(chore)
         if not self._are_there.is_set():
             self._are_there.set()
@@ -34,10 +35,13 @@ class Chores:
         """Do now what is pending."""
         while True:
             try:
-                chore = self._pending.popleft()
+                chore = self._pending[0]
             except IndexError:
                 return
             chore()
+            # Only now, since Ctrl-C may come at any moment; another thread may have been faster.
+            with contextlib.suppress(ValueError):
+                self._pending.remove(chore)
 
     def close(self) -> None:
         """Do what is pending, and end."""

@@ -230,8 +230,8 @@ class JobRun:
         if finish.end is End.STORE_DOWN:
             self._is_there = False  # somebody may attach to it later
         elif self._blobs is not None and self._is_small(finish):
-            self._is_there = False
             self._chores.add(self._forget)
+            self._is_there = False
         else:
             self._forget()
         if finish.view is not None:

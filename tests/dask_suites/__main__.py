@@ -7,7 +7,7 @@ import sys
 
 from tests.dask_suites.runner import SUITES, Comparison, compare
 
-SAMPLE = 300
+SAMPLE = 150
 """Of each mode: what fits into three minutes, most of which the collection of tests takes."""
 
 
