@@ -6,6 +6,9 @@ LEFT_OUT = {
 }
 """Files, under site-packages."""
 
+LONG = ("test_merge_by_multiple_columns", "test_split_out_automatically", "test_concat5")
+"""Tests of half a minute and more: no part of a sample."""
+
 _SAME_IDENT = (
     "counts the threads of its own pool by their idents; Wukong's processes are forked from one, "
     "and have one ident"

@@ -39,6 +39,8 @@ import dask.multiprocessing
 import dask.threaded
 import pytest
 
+from tests.dask_suites.exceptions import LONG
+
 PREFIX = "DASK_SUITES_"
 N_WORKERS = 2
 GetFunction = Callable[..., Any]
@@ -146,7 +148,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = set(json.loads(Path(setting("ONLY")).read_text()))
         kept = [item for item in items if item.nodeid in wanted]
     elif setting("SAMPLE"):
-        drawn = sorted(items, key=lambda item: rank(item.nodeid))[: int(setting("SAMPLE"))]
+        short = [item for item in items if not any(name in item.nodeid for name in LONG)]
+        drawn = sorted(short, key=lambda item: rank(item.nodeid))[: int(setting("SAMPLE"))]
         chosen = {item.nodeid for item in drawn}
         kept = [item for item in items if item.nodeid in chosen]
     done = set(json.loads(Path(setting("DONE")).read_text())) if setting("DONE") else set()
