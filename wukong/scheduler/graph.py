@@ -63,7 +63,7 @@ def plan_graph(dsk: Any, keys: Any) -> Plan:
         MissingKey: a key is requested or read that the graph has not; the message names both.
         CycleError: tasks wait for each other; the message lists their keys.
         GraphError: the graph reads a future, which cannot be planned yet.
-    Cost: O(tasks + edges) of what the keys need; 1.5-3 us a task.
+    Cost: O(tasks + edges) of what the keys need; 2-5 us a task.
     """
     with _collector_off():
         graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
