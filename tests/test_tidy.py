@@ -67,7 +67,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.sim*",),
     ("wukong.chores", "wukong.submit", "wukong.sweep"),
     ("wukong.job_driver", "wukong.callbacks"),
-    ("wukong.cluster",),
+    ("wukong.cluster*",),
     ("wukong.client", "wukong.scheduler.dask_server", "wukong.aws*"),
     ("wukong",),
     ("wukong.workloads",),

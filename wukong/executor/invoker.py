@@ -22,3 +22,11 @@ class Invoker(Protocol):
     def n_idle(self) -> int:
         """How many executors would start at once: a hint."""
         ...
+
+
+class Pool(Invoker, Protocol):
+    """An invoker that belongs to a cluster, and ends with it."""
+
+    def close(self) -> None:
+        """End the executors that it has started, as far as it can. Idempotent."""
+        ...
