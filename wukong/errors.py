@@ -104,6 +104,17 @@ class LeaseRefused(LeaseError):
     """No node grants the lease asked for; the message says why."""
 
 
+class LeaseLost(LeaseError, ConnectionError):
+    """A leased executor, or its node, is gone: died, was taken back, or does not answer.
+
+    Calls that had begun may have run or not.
+    """
+
+
+class FrameError(LeaseError, ValueError):
+    """The other end of a connection breaks the protocol, or lies; the connection is cut."""
+
+
 class SecurityError(WukongError, PermissionError):
     """A signature does not match: the bytes were not written with the job's key. Nothing of them
     has been unpickled."""

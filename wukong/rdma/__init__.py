@@ -1,1 +1,1 @@
-"""Executors leased on nodes and reached over RDMA (rFaaS, IPDPS '23): not built yet."""
+"""Executors leased on nodes, and reached over shared memory, RDMA or TCP (rFaaS, IPDPS '23)."""
