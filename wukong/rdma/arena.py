@@ -31,11 +31,10 @@ class Arena:
     def allocate(self, size_bytes: int) -> int | None:
         """Return the offset of an extent with one user; None: there is no room now."""
         need = -(-max(1, size_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        for number, has in enumerate(self._free_bytes):
-            if has >= need:
-                break
-        else:
+        number = next((n for n, has in enumerate(self._free_bytes) if has >= need), None)
+        if number is None:
             return None
+        has = self._free_bytes[number]
         offset = self._free_at[number]
         if has == need:
             del self._free_at[number], self._free_bytes[number]

@@ -129,8 +129,8 @@ class TransportEnd(Protocol):
 
 
 POST_S = 30.0
-"""A peer that takes no frame for so long, while its socket lives, counts as gone. Callers keep fewer
-frames under way than a queue holds (`QUEUE_FRAMES`), so that a call that runs long is no such peer.
-"""
+"""A peer that takes no frame for so long, while its socket lives, counts as gone. Callers keep
+fewer frames under way than a queue holds (`QUEUE_FRAMES`), so that a call that runs long is no such
+peer."""
 QUEUE_FRAMES = 64
 """Frames that a transport holds, for each direction, without the peer reading any."""
