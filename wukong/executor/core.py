@@ -356,7 +356,7 @@ class ExecutorCore:
             holder=self.holder,
             absorbed=tuple(work.absorbed),
             n_tasks=work.n_tasks,
-            become=None if self.is_draining else self._new_attempt(),
+            become=self._new_attempt() if self.policy.become and not self.is_draining else None,
             collected=self._collected,
             **fields,  # type: ignore[arg-type]  # outputs, spawns, ... of `Commit`, given by name
         )

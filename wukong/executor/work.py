@@ -34,6 +34,8 @@ class Policy:
     split_bytes_per_s: float = 5e6
     """A split may store so many bytes for each second of work that is left: storing them then
     takes a two-hundredth of it, at 1 GB/s."""
+    become: bool = True
+    """Go on with one of the strands that a commit mints; off: every strand is invoked anew."""
     heartbeat_s: float = 1.0
     """Time between renewals of a running token."""
     n_deaths_max: int = 3

@@ -125,6 +125,24 @@ def cut_strands(
     return _pack(graph, strand_of, wanted, ids)
 
 
+def pack_strands(
+    inputs_ptr: NDArray[np.integer],
+    inputs: NDArray[np.integer],
+    requested: Iterable[int],
+    strand_of: NDArray[np.integer],
+) -> Strands:
+    """Make strands of a cut that is given.
+
+    Args:
+        strand_of: (n,) strand of each task, dense; edges go from lower to higher numbers.
+    Cost: O(tasks + edges).
+    """
+    graph = _select(np.asarray(inputs_ptr, np.int64), np.asarray(inputs, np.int64), None)
+    wanted = np.zeros(len(strand_of), np.bool_)
+    wanted[np.fromiter(requested, np.int64)] = True
+    return _pack(graph, np.asarray(strand_of, np.int64), wanted, None)
+
+
 def _lone_task(requested: bool) -> Strands:
     """The cut of one task."""
     exports = [Export(0, (0,), (), True)] if requested else []

@@ -17,12 +17,13 @@ import numpy as np
 from wukong.executor.messages import Part, Status
 from wukong.executor.work import Policy
 from wukong.scheduler.parts import static_parts
-from wukong.scheduler.strands import cut_strands
+from wukong.scheduler.strands import cut_strands, pack_strands
 from wukong.sim.checks import Checker, Violation
 from wukong.sim.client import SimClient
 from wukong.sim.dags import Costs, Dag
 from wukong.sim.faults import Faults
 from wukong.sim.invokers import open_invoker
+from wukong.sim.schemes import OURS, SCHEMES, Scheme
 from wukong.sim.services import AWS_LAMBDA, LOCAL_POOL, Platform
 from wukong.sim.store import SimStore
 from wukong.sim.world import Setting, World
@@ -30,15 +31,19 @@ from wukong.sim.world import Setting, World
 __all__ = [
     "AWS_LAMBDA",
     "LOCAL_POOL",
+    "OURS",
+    "SCHEMES",
     "Costs",
     "Dag",
     "Faults",
     "Platform",
     "Policy",
+    "Scheme",
     "Setting",
     "SimReport",
     "Violation",
     "cut_parts",
+    "cut_tasks",
     "run_world",
     "simulate",
 ]
@@ -64,6 +69,12 @@ class SimReport:
     n_store_calls: int
     put_bytes: int
     read_bytes: int
+    store_busy_s: float = 0.0
+    """How long the job's server has been occupied."""
+    billed_s: float = 0.0
+    """Seconds of all invocations, as a cloud bills them."""
+    n_peak: int = 0
+    """Most executors that ran at a time, in a cloud."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """All counters of the world."""
 
@@ -76,6 +87,7 @@ def simulate(
     policy: Policy | None = None,
     seed: int = 0,
     *,
+    scheme: Scheme = OURS,
     trace: Callable[[str], None] | None = None,
 ) -> SimReport:
     """Predict what a job takes when nothing fails.
@@ -86,17 +98,19 @@ def simulate(
         platform: where; see `wukong.sim.services`.
         n_executors: at most so many at a time.
         policy: of the executors; None: as it comes.
+        scheme: another way to run the graph.
         seed: of all latencies.
         trace: takes a line of text for each action and event, as it happens.
     Cost: about 1 us a task and 100 us a strand.
     """
     setting = Setting(
-        parts=cut_parts(dag, costs, n_executors),
+        parts=cut_parts(dag, costs, n_executors) if scheme.strands else cut_tasks(dag, scheme),
         reads=dag.reads(),
         costs=costs,
         platform=platform,
         n_executors=n_executors,
-        policy=Policy() if policy is None else policy,
+        policy=scheme.policy(Policy() if policy is None else policy),
+        scheme=scheme,
     )
     return run_world(setting, seed, is_checked=False, trace=trace)
 
@@ -109,6 +123,22 @@ def cut_parts(
     grain = float(cost.sum()) / (grains_per_executor * n_executors)
     strands = cut_strands(dag.inputs_ptr, dag.inputs, dag.requested, grain=grain, costs=cost)
     return static_parts(strands)
+
+
+def cut_tasks(dag: Dag, scheme: Scheme) -> list[Part]:
+    """Make every task a strand of its own; where the scheme says so, every chain."""
+    reads = dag.reads()
+    n_readers = np.bincount(dag.inputs, minlength=dag.n_tasks)
+    n_readers[list(dag.requested)] += 1
+    strand_of = np.zeros(dag.n_tasks, np.int64)
+    n_strands = 0
+    for task, inputs in enumerate(reads):
+        if scheme.chains and len(inputs) == 1 and n_readers[inputs[0]] == 1:
+            strand_of[task] = strand_of[inputs[0]]
+        else:
+            strand_of[task] = n_strands
+            n_strands += 1
+    return static_parts(pack_strands(dag.inputs_ptr, dag.inputs, dag.requested, strand_of))
 
 
 def run_world(
@@ -150,6 +180,9 @@ def run_world(
         n_store_calls=counts["store calls"],
         put_bytes=counts["put bytes"],
         read_bytes=counts["read bytes"],
+        store_busy_s=world.busy_s["store"],
+        billed_s=world.busy_s["executors"],
+        n_peak=counts["peak"],
         counts=dict(counts),
     )
 

@@ -6,13 +6,14 @@ the job has left, as the real one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from wukong.executor.messages import (
     Create,
     Entry,
     ExportId,
+    Invocation,
     JobView,
     Located,
     Status,
@@ -52,6 +53,7 @@ from wukong.sim.world import JOB, Setting, World
 T = TypeVar("T")
 
 RETRY_S = 0.2
+SENT_AT_ONCE = 100
 
 
 def make_request(setting: Setting) -> Create:
@@ -155,7 +157,7 @@ class SimClient:
                 # One that takes effect after the job was forgotten would begin it again.
                 self._ask(lambda: store.create(request), Created, may_be_late=False)
             case InvokeTokens(invocations):
-                self._invoker.invoke(invocations)
+                self._invoke(invocations)
             case WatchJob(version, timeout_s):
                 self._watch(version, timeout_s)
             case SweepJob():
@@ -174,6 +176,17 @@ class SimClient:
                 pass
             case Finish(end, view):
                 self._finish(end, view)
+
+    def _invoke(self, invocations: Sequence[Invocation]) -> None:
+        """Send invocations as fast as one caller can."""
+        setting = self._world.setting
+        rate_per_s = setting.platform.invokes_per_s
+        if setting.scheme.client_invokes or rate_per_s == float("inf"):
+            self._invoker.invoke(invocations)
+            return
+        for first in range(0, len(invocations), SENT_AT_ONCE):
+            some = invocations[first : first + SENT_AT_ONCE]
+            self._world.after(first / rate_per_s, self._alive(self._invoker.invoke), some)
 
     def _ask(
         self, effect: Callable[[], T], to_event: Callable[[T], JobEvent], may_be_late: bool = True

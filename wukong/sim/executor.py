@@ -44,6 +44,7 @@ from wukong.executor.messages import (
     Absorbed,
     AttemptId,
     BlobId,
+    Commit,
     Entry,
     ExportId,
     Grant,
@@ -265,13 +266,12 @@ class SimExecutor:
             case PutValues():
                 return self._put(action)
             case SendCommit(commit):
-                made = self._sent.setdefault(commit.attempt, dict(self._memory.made))
-                self._ask(action, lambda: store.commit(commit, made), self._committed)
+                self._commit(action, commit)
             case AskAbsorb():
                 self._ask(action, lambda: store.absorb(action), self._absorb_answered)
             case Invoke(invocations):
                 self._is_busy = True
-                self._later(self._setting.platform.invoke_s, self._invoked, invocations)
+                self._later(self._setting.invoke_s(len(invocations)), self._invoked, invocations)
             case Delete():
                 self._delete(action)
             case Renew():
@@ -290,6 +290,7 @@ class SimExecutor:
         to_event: Callable[[T], Event],
         typical_s: float | None = None,
         may_be_late: bool = True,
+        n_operations: int = 1,
     ) -> None:
         """Send a request; its answer, or the lack of one, is the action's event."""
         self._is_busy = True
@@ -304,6 +305,7 @@ class SimExecutor:
             lambda: self._deliver(self._failed, action),
             typical_s=typical_s,
             may_be_late=may_be_late,
+            n_operations=n_operations,
         )
 
     def _failed(self, action: Action) -> None:
@@ -329,6 +331,30 @@ class SimExecutor:
 
     def _absorb_answered(self, reply: Absorbed | Refused) -> Event:
         return AbsorbAnswered(reply)
+
+    def _commit(self, action: SendCommit, commit: Commit) -> None:
+        made = self._sent.setdefault(commit.attempt, dict(self._memory.made))
+
+        def send(n_operations: int) -> None:
+            self._ask(
+                action,
+                lambda: self._store.commit(commit, made),
+                self._committed,
+                n_operations=n_operations,
+            )
+
+        if not self._setting.scheme.edge_operations:
+            send(1)
+            return
+        # First all sets, in one round trip, then all increments: of edges of fan-ins only.
+        n_edges = sum(feed.n_inputs > 1 for output in commit.outputs for feed in output.feeds)
+        self._is_busy = True
+        self._store.call(
+            lambda: None,
+            lambda *_: self._deliver(send, max(1, n_edges)),
+            lambda: self._deliver(self._failed, action),
+            n_operations=len(commit.outputs),
+        )
 
     def _invoked(self, invocations: Sequence[Invocation]) -> None:
         self._invoke(invocations)
@@ -378,8 +404,14 @@ class SimExecutor:
                 else:
                     to_read.append((export, entry, entry.blob))
         if not to_read:
-            return self._fetched(part, wanted)
-        platform, store = self._setting.platform, self._store
+            n_gets = len(action.inputs) if self._setting.scheme.edge_operations else 0
+            if not n_gets:
+                return self._fetched(part, wanted)
+            here = self._fetched(part, wanted)
+            self._world.counts["gets"] += n_gets
+            self._ask(action, lambda: None, lambda _: here, n_operations=n_gets)
+            return None
+        store = self._store
         n_bytes = sum(entry.size_bytes for _, entry, _ in to_read)
         self._world.counts["read bytes"] += n_bytes
         self._world.counts["blobs read"] += len(to_read)
@@ -399,8 +431,7 @@ class SimExecutor:
                 self._memory.receive(entry, payload)
             return self._fetched(part, wanted)
 
-        takes_s = platform.blob_s + n_bytes / platform.blob_bytes_per_s
-        self._ask(action, read, arrived, takes_s)
+        self._ask(action, read, arrived, self._setting.platform.move_s(n_bytes), n_operations=0)
         return None
 
     def _fetched(self, part: Part, wanted: set[int]) -> Event:
@@ -417,12 +448,10 @@ class SimExecutor:
                 blobs[blob] = values, entry.size_bytes
         if not blobs:
             return Put(tuple(entries))
-        platform = self._setting.platform
-        n_bytes = sum(size_bytes for _, size_bytes in blobs.values())
-        takes_s = platform.blob_s + n_bytes / platform.blob_bytes_per_s
+        takes_s = self._setting.platform.move_s(sum(size for _, size in blobs.values()))
         event = Put(tuple(entries))
         # A put that takes effect after it was given up leaves a blob behind: no harm, no test.
-        self._ask(action, lambda: self._store.put(blobs), lambda _: event, takes_s, False)
+        self._ask(action, lambda: self._store.put(blobs), lambda _: event, takes_s, False, 0)
         return None
 
     # -------------------------------------------------------------- the run

@@ -13,6 +13,8 @@ from wukong.sim.world import World
 
 DELAYED_S = (0.5, 20.0)
 """How late a delayed invocation is."""
+POLL_S = 0.1
+"""A client that works in stages looks this often whether one has ended."""
 
 
 class SimInvoker(Protocol):
@@ -35,13 +37,53 @@ def open_invoker(world: World, store: SimStore) -> SimInvoker:
 
 
 class _Deliveries:
-    """Invocations on their way: some are lost, repeated, delayed or refused."""
+    """Invocations on their way: some are lost, repeated, delayed or refused.
 
-    def __init__(self, world: World, deliver: Callable[[Invocation], None]) -> None:
+    Args:
+        deliver: takes one that has arrived.
+        n_busy: how many executors have been asked for and have not come to rest.
+    """
+
+    def __init__(
+        self, world: World, deliver: Callable[[Invocation], None], n_busy: Callable[[], int]
+    ) -> None:
         self._world = world
         self._deliver = deliver
+        self._n_busy = n_busy
+        self._stage: list[Invocation] = []
+        """What a client that works in stages holds back."""
+        self._client_free_at = 0.0
 
     def send(self, invocations: Sequence[Invocation], typical_s: float) -> None:
+        """Deliver them, each after about this time; or let the client do it, where it invokes."""
+        scheme = self._world.setting.scheme
+        if scheme.staged:
+            if invocations and not self._stage:
+                self._world.after(POLL_S, self._begin_stage, typical_s)
+            self._stage.extend(invocations)
+        elif scheme.client_invokes:
+            self._send_by_client(invocations, typical_s)
+        else:
+            self._send(invocations, typical_s)
+
+    def _begin_stage(self, typical_s: float) -> None:
+        """The client looks whether the last stage has ended."""
+        if self._n_busy():
+            self._world.after(POLL_S, self._begin_stage, typical_s)
+            return
+        stage, self._stage = self._stage, []
+        self._send_by_client(stage, typical_s)
+
+    def _send_by_client(self, invocations: Sequence[Invocation], typical_s: float) -> None:
+        platform = self._world.setting.platform
+        for invocation in invocations:
+            self._client_free_at = max(self._world.now, self._client_free_at)
+            self._client_free_at += 1 / platform.invokes_per_s
+            self._world.at(
+                self._client_free_at + platform.invoke_s, self._send, [invocation], typical_s
+            )
+
+    def _send(self, invocations: Sequence[Invocation], typical_s: float) -> None:
         world, faults = self._world, self._world.setting.faults
         world.counts["invocations"] += len(invocations)
         for invocation in invocations:
@@ -63,7 +105,7 @@ class LocalPool:
     def __init__(self, world: World, store: SimStore) -> None:
         self._world = world
         self._store = store
-        self._deliveries = _Deliveries(world, self._wake)
+        self._deliveries = _Deliveries(world, self._wake, self._n_busy)
         self._idle: deque[SimExecutor] = deque()
         self._n_born = 0
         self._is_missed = False
@@ -78,6 +120,9 @@ class LocalPool:
     def n_idle(self) -> int:
         """See `SimInvoker`."""
         return max(0, len(self._idle) - len(self._store.rows.queue))
+
+    def _n_busy(self) -> int:
+        return self._world.setting.n_executors - len(self._idle)
 
     def _bear(self) -> None:
         self._n_born += 1
@@ -131,10 +176,11 @@ class Functions:
     def __init__(self, world: World, store: SimStore) -> None:
         self._world = world
         self._store = store
-        self._deliveries = _Deliveries(world, self._receive)
+        self._deliveries = _Deliveries(world, self._receive, self._n_busy)
         self._warm: list[SimExecutor] = []
         self._queue: deque[tuple[Invocation, int]] = deque()
         self._running: dict[HolderId, tuple[Invocation, int]] = {}
+        self._begun_at: dict[HolderId, float] = {}
         self._n_born = 0
         self._tokens = world.setting.platform.burst
         self._filled_at = 0.0
@@ -146,8 +192,10 @@ class Functions:
 
     def n_idle(self) -> int:
         """See `SimInvoker`."""
-        busy = len(self._running) + len(self._queue)
-        return max(0, self._world.setting.n_executors - busy)
+        return max(0, self._world.setting.n_executors - self._n_busy())
+
+    def _n_busy(self) -> int:
+        return len(self._running) + len(self._queue)
 
     def _receive(self, invocation: Invocation, n_tries: int = 0) -> None:
         self._queue.append((invocation, n_tries))
@@ -169,6 +217,8 @@ class Functions:
                 return
             invocation, n_tries = self._queue.popleft()
             self._running[executor.holder] = invocation, n_tries
+            self._begun_at[executor.holder] = world.now + delay_s
+            world.counts["peak"] = max(world.counts["peak"], len(self._running))
             world.after(delay_s, self._begin, executor, invocation)
 
     def _look_again(self) -> None:
@@ -217,6 +267,7 @@ class Functions:
 
     def _rest(self, executor: SimExecutor) -> None:
         del self._running[executor.holder]
+        self._world.busy_s["executors"] += self._world.now - self._begun_at[executor.holder]
         self._warm.append(executor)
         self._dispatch()
 

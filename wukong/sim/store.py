@@ -126,6 +126,10 @@ class SimStore:
         self._lost: set[BlobId] = set()
         self._watchers: list[tuple[int, Callable[[JobView | None], None]]] = []
         self._log: deque[tuple[float, tuple[Any, ...], tuple[Any, ...]]] = deque()
+        self._line: deque[Callable[[], None]] = deque()
+        """Operations that the server has received and not begun; it does one at a time."""
+        self._is_serving = False
+        self._n_writes_seen = 0
         faults = world.setting.faults
         self._is_replicated = bool(faults.failovers)
         if self._is_replicated:
@@ -145,16 +149,19 @@ class SimStore:
         *,
         typical_s: float | None = None,
         may_be_late: bool = True,
+        n_operations: int = 1,
     ) -> None:
         """Send a request. Exactly one of the two is called back, unless its sender is dead by then.
 
         Args:
             effect: happens at one moment, or never, or after `on_failure`.
             on_reply: takes the epoch in which the effect happened, and its result.
+            n_operations: of the job's server; 0 for the blob store, which has many.
         """
         world, faults = self.world, self.world.setting.faults
         typical_s = world.setting.platform.store_s if typical_s is None else typical_s
         world.counts["store calls"] += 1
+        world.counts["store operations"] += n_operations
         if self._is_out() or world.hits(faults.request_lost):
             world.after(TIMEOUT_S, on_failure)
             return
@@ -164,13 +171,41 @@ class SimStore:
             return
 
         def happen() -> None:
+            before = self.rows.n_writes
             result = effect()
+            taken_s = self._serve(self.rows.n_writes - before, n_operations) if is_served else 0.0
             if world.hits(faults.reply_lost):
                 world.after(TIMEOUT_S, on_failure)
             else:
-                world.after(world.latency_s(typical_s / 2), on_reply, self.epoch, result)
+                back_s = taken_s + world.latency_s(typical_s / 2)
+                world.after(back_s, on_reply, self.epoch, result)
 
-        world.after(world.latency_s(typical_s / 2), happen)
+        is_served = n_operations > 0 and world.setting.platform.service_s > 0.0
+        if is_served:
+            world.after(world.latency_s(typical_s / 2), self._receive, happen)
+        else:
+            world.after(world.latency_s(typical_s / 2), happen)
+
+    def _receive(self, operation: Callable[[], None]) -> None:
+        """An operation has come to the job's server."""
+        if self._is_serving:
+            self._line.append(operation)
+        else:
+            operation()
+
+    def _serve(self, n_rows: int, n_operations: int) -> float:
+        """Occupy the server for what an operation takes."""
+        platform = self.world.setting.platform
+        taken_s = platform.service_s * n_operations + platform.service_row_s * n_rows
+        self.world.busy_s["store"] += taken_s
+        self._is_serving = True
+        self.world.after(taken_s, self._serve_next)
+        return taken_s
+
+    def _serve_next(self) -> None:
+        self._is_serving = False
+        if self._line:
+            self._line.popleft()()
 
     def confirm(
         self, epoch: int, on_reply: Callable[[], None], on_failure: Callable[[], None]
@@ -335,8 +370,8 @@ class SimStore:
         return -1 if job is None else int(job.version)
 
     def _changed(self) -> None:
-        if self.rows.n_writes:
-            self.rows.n_writes = 0
+        if self.rows.n_writes != self._n_writes_seen:
+            self._n_writes_seen = self.rows.n_writes
             if self._watchers:
                 self._tell()
             if self._is_replicated:

@@ -13,6 +13,7 @@ from wukong.executor.work import Policy
 from wukong.sim.checks import Checker
 from wukong.sim.dags import Costs
 from wukong.sim.faults import NO_FAULTS, Faults
+from wukong.sim.schemes import OURS, Scheme
 from wukong.sim.services import Platform
 
 JOB = JobId("job")
@@ -39,6 +40,14 @@ class Setting:
     fail_fast: bool = False
     is_measured: bool = True
     """Values are encoded and have sizes; not in `memory://`."""
+    scheme: Scheme = OURS
+    """Who invokes, and what a commit costs."""
+
+    def invoke_s(self, n_invocations: int) -> float:
+        """What invoking takes an executor: where the client does it, a message to the client."""
+        if self.scheme.client_invokes:
+            return self.platform.store_s / 2
+        return self.platform.invoke_s + n_invocations / self.platform.invokes_per_s
 
 
 class World:
@@ -63,6 +72,8 @@ class World:
         self.now = 0.0
         self.rng = Random(seed)
         self.counts: Counter[str] = Counter()
+        self.busy_s = {"store": 0.0, "executors": 0.0}
+        """How long the store and the executors have been occupied."""
         self.is_over = False
         self._trace = trace
         self.excused: set[AttemptId] = set()
