@@ -16,7 +16,7 @@ from wukong.executor.core import ExecutorCore
 from wukong.executor.events import Delete, PutValues, Renew, Run
 from wukong.executor.messages import Absorbed, Commit, Entry, Receipt, Refused, TokenId
 from wukong.executor.work import absorbing_feed
-from wukong.storage import oversight, state
+from wukong.storage import oversight, silence, state
 from wukong.storage import rows as job_rows
 
 Patch = pytest.MonkeyPatch
@@ -106,7 +106,7 @@ def _put_later(patch: Patch, applies: Callable[[Any], bool]) -> None:
 
 @mutation
 def delete_at_first_consumer(patch: Patch) -> None:
-    real = state._count_consumers
+    real = state.count_consumers
 
     def count(rows: Any, job: Any, export: Any, n_more: int) -> None:
         row = rows.get(job_rows.EXPORTS, export)
@@ -115,7 +115,7 @@ def delete_at_first_consumer(patch: Patch) -> None:
                 job.garbage += () if entry.blob is None else (entry.blob,)
         real(rows, job, export, n_more)
 
-    patch.setattr(state, "_count_consumers", count)
+    patch.setattr(state, "count_consumers", count)
 
 
 @mutation
@@ -157,7 +157,7 @@ def queued_tokens_swept_by_heartbeat(patch: Patch) -> None:
         return real(rows, token, attempt, holder, now)
 
     patch.setattr(state, "start", start)
-    patch.setattr(state, "_backoff_s", lambda n_invokes: 1.5)
+    patch.setattr(silence, "_backoff_s", lambda n_invokes: 1.5)
 
 
 # ------------------------------------------------------------------ further ones in the store
@@ -181,8 +181,8 @@ def a_commit_leaves_its_token(patch: Patch) -> None:
 def a_strand_starts_one_input_early(patch: Patch) -> None:
     real = state._arrive
 
-    def arrive(rows: Any, feed: Any, export: Any) -> Any:
-        return real(rows, feed._replace(n_inputs=max(1, feed.n_inputs - 1)), export)
+    def arrive(rows: Any, job: Any, feed: Any, export: Any) -> Any:
+        return real(rows, job, feed._replace(n_inputs=max(1, feed.n_inputs - 1)), export)
 
     patch.setattr(state, "_arrive", arrive)
 
@@ -239,6 +239,7 @@ def a_silent_token_stays_running(patch: Patch) -> None:
         row.n_deaths += 1
 
     patch.setattr(state, "count_death", die)
+    patch.setattr(silence, "count_death", die)
 
 
 @mutation

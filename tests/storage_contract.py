@@ -89,8 +89,9 @@ def create(
     sources: tuple[Output, ...] = (),
     n_requested: int = 1,
     priority: int = 0,
+    is_open: bool = False,
 ) -> Create:
-    strands = dict.fromkeys((*map(str, range(N_STRANDS)), *entries))
+    strands = dict.fromkeys((*(() if is_open else map(str, range(N_STRANDS))), *entries))
     return Create(
         job=job,
         entries=entries,
@@ -103,6 +104,7 @@ def create(
         fail_fast=True,
         priority=priority,
         manifest=b"manifest",
+        is_open=is_open,
     )
 
 

@@ -37,15 +37,37 @@ AT_ONCE_S = 5.0
 """Far more than a wake-up takes, and far less than what the test waits for."""
 
 
-class JobContract(UsualBeginning):
-    """What concerns a whole job, or all of them."""
-
-    # -------------------------------------------------------------- the end
+class WatchedJobs(UsualBeginning):
+    """Looking at jobs, and waiting for them."""
 
     def view(self, job: str = "job") -> JobView:
         view = self.backend.store.view(job)
         assert view is not None
         return view
+
+    def wakes(
+        self, change: Callable[[], object], version: int = 1, progress: bool = False
+    ) -> JobView | None:
+        """Wait for the job in a thread; it must sleep until the change and wake at once."""
+        replies: list[JobView | None] = []
+
+        def wait() -> None:
+            replies.append(self.backend.store.wait("job", version, 60.0, progress))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.02)
+        assert thread.is_alive(), f"woke without a reason: {replies}"
+        change()
+        thread.join(AT_ONCE_S)
+        assert not thread.is_alive(), "did not wake"
+        return replies[0]
+
+
+class JobContract(WatchedJobs):
+    """What concerns a whole job, or all of them."""
+
+    # -------------------------------------------------------------- the end
 
     def test_a_job_is_done_when_all_that_is_requested_is_complete(self, store: QueueStore) -> None:
         last = output("0", 1, requested=True)
@@ -281,24 +303,6 @@ class JobContract(UsualBeginning):
         assert [t and t.token for t in taken] == [T1, "a.1", None]
 
     # -------------------------------------------------------------- waiting
-
-    def wakes(
-        self, change: Callable[[], object], version: int = 1, progress: bool = False
-    ) -> JobView | None:
-        """Wait for the job in a thread; it must sleep until the change and wake at once."""
-        replies: list[JobView | None] = []
-
-        def wait() -> None:
-            replies.append(self.backend.store.wait("job", version, 60.0, progress))
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        time.sleep(0.02)
-        assert thread.is_alive(), f"woke without a reason: {replies}"
-        change()
-        thread.join(AT_ONCE_S)
-        assert not thread.is_alive(), "did not wake"
-        return replies[0]
 
     def test_wait_wakes_at_the_end(self, store: QueueStore) -> None:
         def change() -> None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 from random import Random
 from typing import cast
 
-from storage_contract import Backend, Clock, commit, entry, program
+from storage_contract import Backend, Clock, commit, create, entry, program
 
 from wukong.executor.messages import (
     Create,
+    Extend,
     Feed,
     Grant,
     Invocation,
+    NewExport,
+    News,
+    NewStrand,
     Output,
     Part,
     Receipt,
     Refused,
     Relaunch,
+    Restart,
     Spawn,
 )
-from wukong.storage.rows import ExportRow, TokenRow
+from wukong.storage.rows import ExportRow, JobRow, TokenRow
 
 N_ENTRIES = 4
 N_STATIC = 40
+OPEN = "open"
+"""The id of the job that is open."""
 HOLDERS = ("h0", "h1", "h2")
 
 
@@ -37,7 +44,7 @@ class Walk:
         self.random = random
         self.model = model
         self.other = other
-        self.jobs = ["job", "job2"]
+        self.jobs = ["job", "job2", OPEN]
         self.tokens: list[Invocation] = []
         self.attempts = ["none"]
         self.commits = [commit("never", "none")]
@@ -49,8 +56,11 @@ class Walk:
         """Take steps, comparing replies after each and rows now and then."""
         for job in self.jobs:
             self.create(job)
+        for number in (1, 2):
+            self.extend(number)
         steps = [self.start, self.take, self.commit, self.commit, self.commit, self.repeat]
         steps += [self.renew, self.absorb, self.release, self.expire, self.pass_time, self.look]
+        steps += [self.extend, self.extend, self.unpin, self.drop, self.news]
         rare = [self.lose, self.relaunch, self.cancel, self.recreate]
         for i in range(n_steps):
             self.random.choice(rare if self.random.random() < 0.04 else steps)()
@@ -135,6 +145,9 @@ class Walk:
     # -------------------------------------------------------------- steps
 
     def create(self, job: str) -> None:
+        if job == OPEN:
+            self.both("create", create(OPEN, entries=(), n_requested=0, is_open=True))
+            return
         strands = [str(i) for i in range(N_STATIC)]
         priority = self.random.randrange(2)
         programs = tuple((strand, program(strand)) for strand in strands)
@@ -178,14 +191,18 @@ class Walk:
         # An attempt commits once: the ids of what it mints carry its name.
         if any(attempt == earlier.attempt for earlier in self.commits):
             attempt = f"{attempt}+{len(self.commits)}"
-        outputs = tuple(self.new_output(token.job) for _ in range(self.random.randrange(3)))
+        if token.job == OPEN:
+            outputs = self.open_outputs(row)
+        else:
+            outputs = tuple(self.new_output(token.job) for _ in range(self.random.randrange(3)))
         inputs = () if row is None else row.inputs
         retained: tuple[tuple[str, int], ...] = ()
         spawns: tuple[Spawn, ...] = ()
         if inputs and self.random.random() < 0.3:
             part = Part((1, 2), tuple((i, (1,)) for i in inputs), ())
             names = [f"{attempt}.s{i}" for i in range(2)]
-            spawns = tuple(Spawn(name, "0", part, inputs, 0, 1, 1) for name in names)
+            base = "0" if row is None else row.base
+            spawns = tuple(Spawn(name, base, part, inputs, 0, 1, 1) for name in names)
             retained = tuple((export, 2) for export in dict.fromkeys(inputs))
         request = commit(
             token.token,
@@ -196,7 +213,7 @@ class Walk:
             consumed=inputs,
             retained=retained,
             n_tasks=self.random.randrange(3),
-            failed=b"error" if self.random.random() < 0.01 else None,
+            failed=b"error" if token.job != OPEN and self.random.random() < 0.01 else None,
             become=self.attempt() if self.random.random() < 0.5 else None,
             collected=tuple(f"{token.job}/a/{i}" for i in range(self.random.randrange(9))),
             trace=b"trace" if self.random.random() < 0.5 else None,
@@ -236,7 +253,7 @@ class Walk:
 
     def relaunch(self) -> None:
         """Entries run again; up to two complete exports survive, read by one waiting strand."""
-        job = self.random.choice(self.jobs)
+        job = self.random.choice(self.jobs[:2])
         view = self.model.store.view(job)
         rows = self.model.rows(job)
         complete = [k for (code, k), r in rows.items() if code == "e" and is_complete(r)]
@@ -254,6 +271,71 @@ class Walk:
             n_requested=2,
         )
         self.both("relaunch", request)
+
+    # -------------------------------------------------------------- the open job
+
+    def extend(self, number: int = 0) -> None:
+        """One strand that makes one export of two values; it may read earlier exports."""
+        job = cast("JobRow | None", self.model.rows(OPEN).get(("j", "")))
+        if job is None:
+            return
+        number = number or job.n_extended + self.random.randrange(2)
+        earlier = [e for e in self.open_exports() if self.random.random() < 0.4]
+        restart = None
+        if job.lost or self.random.random() < 0.05:
+            complete = {k for k, r in self.open_exports().items() if r.n_left == 0}
+            earlier = [e for e in earlier if e in complete]
+            kept = sorted({*earlier, *(e for e in complete if self.random.random() < 0.5)})
+            pinned = tuple((e, self.random.randrange(2)) for e in kept)
+            restart = Restart(job.generation + 1, pinned)
+        name = f"{number}.0"
+        edges = tuple((e, (2 * int(e.split(".")[0]) + self.random.randrange(2),)) for e in earlier)
+        request = Extend(
+            job=OPEN,
+            number=number,
+            programs=((name, program(name)),),
+            strands=(NewStrand(name, (), edges, self.random.randrange(2)),),
+            exports=(NewExport(name, 2, 1, True),),
+            n_tasks=2,
+            restart=restart,
+        )
+        self.both("extend", request)
+
+    def open_exports(self) -> dict[str, ExportRow]:
+        rows = self.model.rows(OPEN)
+        found = {key: cast("ExportRow", row) for (code, key), row in rows.items() if code == "e"}
+        return {key: row for key, row in sorted(found.items()) if key.endswith(".0")}
+
+    def open_outputs(self, row: TokenRow | None) -> tuple[Output, ...]:
+        """Some of what is left of the export of the strand."""
+        export = None if row is None else self.open_exports().get(row.base)
+        if row is None or export is None or row.base.startswith("e"):
+            return ()
+        first = 2 * int(row.base.split(".")[0])
+        done = {task for made in export.entries for task in made.tasks}
+        left = [task for task in (first, first + 1) if task not in done]
+        tasks = left[: self.random.randrange(1, 3)]
+        blob = f"open/a/{tasks[0]}" if tasks and self.random.random() < 0.3 else None
+        made = (entry(*tasks, blob=blob),) if tasks else ()
+        return (Output(row.base, made, 2, 1, True, ()),) if made else ()
+
+    def unpin(self) -> None:
+        self.both("unpin", OPEN, self.random.sample(["1.0", "2.0", "3.0", "5.0", "8.0"], 2))
+
+    def drop(self) -> None:
+        """The last strands of the job: what reads from them is among them."""
+        if self.random.random() < 0.3:
+            numbers = [int(e.split(".")[0]) for e in self.open_exports()]
+            first = max(numbers, default=0) - self.random.randrange(2)
+            strands = [f"{i}.0" for i in range(first, max(numbers, default=0) + 1)]
+            self.both("drop", OPEN, [(strand, (strand,)) for strand in strands])
+
+    def news(self) -> None:
+        reply = cast("News", self.both("news", OPEN, (), ()))
+        if self.random.random() < 0.5:
+            names = [note.name for note in reply.notes[:2]]
+            self.both("news", OPEN, names, list(reply.garbage[:3]))
+        self.both("located", OPEN, ["1.0", "3.0"])
 
 
 def is_complete(row: object) -> bool:

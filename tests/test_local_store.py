@@ -25,6 +25,7 @@ from wukong.executor.messages import (  # noqa: E402
     Entry,
     ExportSpec,
     Feed,
+    Located,
     Part,
     Status,
 )
@@ -34,6 +35,7 @@ from wukong.storage.local_rows import make_row, pack, pack_row, plain_token, unp
 from wukong.storage.rows import (  # noqa: E402
     EXPORTS,
     JOB,
+    NOTES,
     PROGRAMS,
     RECEIPTS,
     TABLES,
@@ -42,6 +44,8 @@ from wukong.storage.rows import (  # noqa: E402
     WAITING,
     ExportRow,
     JobRow,
+    LateEdge,
+    NoteRow,
     ProgramRow,
     ReceiptRow,
     TokenRow,
@@ -61,11 +65,12 @@ ENTRY = Entry((1, 2), None, b"\0payload", 8, 1)
 BLOB = Entry((3,), "job/a/1", None, 2**33, 0)
 TOKEN = TokenRow("s", "b", PART, ("e1",), "by", 1, -2, 3.5, True, "a", "h", 4, 5, "killed")
 ROWS = [
-    (WAITING, WaitingRow("b", PART, 3, ("e1", "e2"), 1)),
-    (EXPORTS, ExportRow(1, 2, True, (ENTRY, BLOB))),
+    (WAITING, WaitingRow("b", PART, 3, ("e1", "e2"), 1, 2)),
+    (EXPORTS, ExportRow(1, 2, True, (ENTRY, BLOB), (LateEdge("s", (1, 2)),))),
     (RECEIPTS, ReceiptRow("a", ("a.0", "a.1"), "a.1", 2)),
-    (PROGRAMS, ProgramRow(BLOB)),
+    (PROGRAMS, ProgramRow(BLOB, 3)),
     (TRACES, TraceRow(b"trace")),
+    (NOTES, NoteRow((Located("e1", (BLOB,)), Located("e2", ())), b"trace")),
     (
         JOB,
         JobRow(
@@ -76,6 +81,7 @@ ROWS = [
             ("job/a/1",),
             ("e1",),
             ("s1", "s2"),
+            *(True, 17, 18),
         ),
     ),
 ]

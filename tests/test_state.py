@@ -260,6 +260,6 @@ def test_an_ended_job_has_neither_tokens_nor_waiting_strands() -> None:
 
 
 def test_every_table_has_a_code_and_a_row_of_its_own() -> None:
-    assert len({table.code for table in TABLES}) == len({table.row for table in TABLES}) == 7
+    assert len({table.code for table in TABLES}) == len({table.row for table in TABLES}) == 8
     assert all(len(table.code) == 1 for table in TABLES)
     assert TokenRow("0", "0", None, (), "", 0, 0, 0.0).running is False

@@ -13,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.register_assert_rewrite("storage_contract", "storage_contract_jobs", "storage_walk")
+pytest.register_assert_rewrite(
+    "storage_contract", "storage_contract_jobs", "storage_contract_open", "storage_walk"
+)
 
 from storage_contract import SILENCE_S, Clock, TokenContract
 from storage_contract_jobs import JobContract
+from storage_contract_open import OpenContract
 from storage_walk import Walk
 
 from wukong.storage import open_store
@@ -67,6 +70,12 @@ class TestMemoryJobs(JobContract):
         return MemoryBackend()
 
 
+class TestMemoryOpenJobs(OpenContract):
+    @pytest.fixture
+    def backend(self) -> MemoryBackend:
+        return MemoryBackend()
+
+
 @pytest.fixture
 def local_backend(tmp_path: Path) -> Iterator[LocalBackend]:
     backend = LocalBackend(tmp_path / "store")
@@ -81,6 +90,12 @@ class TestLocalTokens(TokenContract):
 
 
 class TestLocalJobs(JobContract):
+    @pytest.fixture
+    def backend(self, local_backend: LocalBackend) -> LocalBackend:
+        return local_backend
+
+
+class TestLocalOpenJobs(OpenContract):
     @pytest.fixture
     def backend(self, local_backend: LocalBackend) -> LocalBackend:
         return local_backend

@@ -28,7 +28,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.scheduler.graph", "wukong.storage.rows"),
     (
         "wukong.storage.contract",
-        "wukong.storage.state",
+        "wukong.storage.silence",
+        "wukong.storage.values",
         "wukong.scheduler.strands",
         "wukong.scheduler.costs",
         "wukong.rdma.arena",
@@ -40,13 +41,14 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "wukong.executor.invoker",
         "wukong.executor.split",
+        "wukong.storage.state",
         "wukong.executor.serialize*",
         "wukong.report*",
         "wukong.scheduler.parts",
         "wukong.scheduler.recovery",
         "wukong.storage.blobfiles",
-        "wukong.storage.oversight",
     ),
+    ("wukong.storage.extension", "wukong.storage.oversight"),
     (
         "wukong.executor.work",
         "wukong.executor.ops",
@@ -92,9 +94,12 @@ PURE = {
     "wukong.scheduler.recovery",
     "wukong.scheduler.strands",
     "wukong.storage.contract",
+    "wukong.storage.extension",
     "wukong.storage.oversight",
     "wukong.storage.rows",
+    "wukong.storage.silence",
     "wukong.storage.state",
+    "wukong.storage.values",
 }
 # A pure module may name these in annotations (under TYPE_CHECKING) or take their plain data.
 PLAIN_DATA = {"wukong.scheduler.graph"}

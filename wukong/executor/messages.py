@@ -133,6 +133,8 @@ class Grant:
     cause: str = ""
     """How the last attempt died, as far as known."""
     priority: int = 0
+    is_open: bool = False
+    """Somebody waits for single values of the job, as soon as they are there."""
 
 
 class Invocation(NamedTuple):
@@ -158,8 +160,9 @@ class Reason(IntEnum):
 
     SPENT = 1  # the token is absent: its work is committed, or it was never minted
     HELD = 2  # another attempt runs it
-    OVER = 3  # the job has ended or was cancelled
+    OVER = 3  # the job has ended or was cancelled, or it is not open
     UNKNOWN_JOB = 4
+    GONE = 5  # what the request builds on is not in the store (any more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,8 @@ class Create:
     priority: int = 0
     manifest: bytes | object | None = None
     """What `attach` needs to turn exports into results again."""
+    is_open: bool = False
+    """It goes on when nothing is requested any more, and may be extended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +273,77 @@ class Relaunch:
     """Strands that do not run again although exports they once read are recorded anew."""
     n_requested: int
     """Requested exports that are not among the survivors."""
+
+
+# ------------------------------------------------------------------ open jobs
+
+
+class NewExport(NamedTuple):
+    """An export of an extension."""
+
+    export: ExportId
+    n_values: int
+    n_consumers: int
+    """Strands of the same extension that read it, plus one when it is requested."""
+    requested: bool
+    """It is pinned, and the client is told of each of its values."""
+
+
+class NewStrand(NamedTuple):
+    """A strand of an extension."""
+
+    strand: StrandId
+    inputs: tuple[ExportId, ...]
+    """Exports and sources of the same extension that it reads, wholly."""
+    earlier: tuple[tuple[ExportId, tuple[int, ...]], ...] = ()
+    """Exports of earlier extensions, each with the values of it that the strand waits for."""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A new generation of an open job: only what survives is kept."""
+
+    generation: int
+    survivors: tuple[tuple[ExportId, int], ...]
+    """Complete exports that stay, each with 1 where it is pinned and 0 where it is only read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """A further piece of an open job."""
+
+    job: JobId
+    number: int
+    """1, 2, ...: each is applied once, and none before the one that precedes it."""
+    programs: tuple[tuple[StrandId, Entry], ...]
+    strands: tuple[NewStrand, ...]
+    exports: tuple[NewExport, ...]
+    sources: tuple[Output, ...] = ()
+    """Values that exist already: constants, scattered values."""
+    n_tasks: int = 0
+    restart: Restart | None = None
+    """After a loss of values: begin a new generation with this."""
+
+
+class Note(NamedTuple):
+    """What one commit of an open job has brought."""
+
+    name: str
+    """By which it is acknowledged."""
+    recorded: tuple[Located, ...]
+    """Values of requested exports; of their entries, the payloads are left out."""
+    trace: bytes | object | None
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the client of an open job has not acknowledged."""
+
+    notes: tuple[Note, ...]
+    """In the order of the commits."""
+    garbage: tuple[BlobId, ...]
+    """Blobs that nobody needs any more; delete them, then name them in the next acknowledgement."""
 
 
 @dataclass(frozen=True, slots=True)

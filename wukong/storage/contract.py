@@ -19,6 +19,7 @@ from wukong.executor.messages import (
     Commit,
     Create,
     ExportId,
+    Extend,
     Feed,
     Grant,
     HolderId,
@@ -26,11 +27,13 @@ from wukong.executor.messages import (
     JobId,
     JobView,
     Located,
+    News,
     Reason,
     Receipt,
     Refused,
     Relaunch,
     RunningToken,
+    StrandId,
     TokenId,
 )
 
@@ -130,6 +133,45 @@ class JobStore(Protocol):
         """
         ...
 
+    # -------------------------------------------------------------- open jobs
+
+    def extend(self, request: Extend) -> tuple[Invocation, ...] | Refused:
+        """Add a piece to an open job; the rules stand in `wukong.storage.extension`.
+
+        A repetition changes nothing.
+
+        Returns: the tokens to invoke, or a refusal, which has changed nothing.
+        Cost: one round trip, O(strands + exports + edges).
+        """
+        ...
+
+    def unpin(self, job: JobId, exports: Sequence[ExportId]) -> None:
+        """Give up the client's hold on exports, recorded or not. Cost: one round trip."""
+        ...
+
+    def drop(self, job: JobId, strands: Sequence[tuple[StrandId, tuple[ExportId, ...]]]) -> None:
+        """Take back work that nobody needs: strands, each with the exports that it writes.
+
+        With a strand, every strand that reads from it has to be named.
+        Cost: one round trip, O(live tokens and waiting strands of the job).
+        """
+        ...
+
+    def news(self, job: JobId, acknowledged: Sequence[str], collected: Sequence[BlobId]) -> News:
+        """What commits of an open job have brought; what is acknowledged comes no more.
+
+        Args:
+            acknowledged: names of notes.
+            collected: blobs of earlier news that have been deleted.
+        """
+        ...
+
+    def located(self, job: JobId, exports: Sequence[ExportId]) -> tuple[Located, ...]:
+        """Where the recorded values of exports are, as far as they are in the store."""
+        ...
+
+    # -------------------------------------------------------------- looking, and the end
+
     def view(self, job: JobId) -> JobView | None:
         """The job as it stands; None when there is none."""
         ...
@@ -139,9 +181,9 @@ class JobStore(Protocol):
     ) -> JobView | None:
         """Block until there is news of the job since `version`, or the time is up.
 
-        News is what `state.is_news` says: the end of the job, a failure, a loss, and with
-        `progress` every commit. Subscribes before it reads; wakes at once, without polling. Any
-        number of threads may wait at once.
+        News is what `oversight.is_news` says: the end of the job, a failure, a loss; in an open
+        job a requested value, or garbage; with `progress` every commit. Subscribes before it
+        reads; wakes at once, without polling. Any number of threads may wait at once.
 
         Args:
             version: of the view that the caller knows; 0 for none.

@@ -28,9 +28,12 @@ from wukong.errors import StoreUnavailable
 from wukong.executor.messages import (
     Absorbed,
     AttemptId,
+    BlobId,
     Commit,
     Create,
+    Entry,
     ExportId,
+    Extend,
     Feed,
     Grant,
     HolderId,
@@ -38,14 +41,17 @@ from wukong.executor.messages import (
     JobId,
     JobView,
     Located,
+    News,
+    Output,
     Reason,
     Receipt,
     Refused,
     Relaunch,
     RunningToken,
+    StrandId,
     TokenId,
 )
-from wukong.storage import oversight, state
+from wukong.storage import extension, oversight, state
 from wukong.storage import rows as job_rows
 from wukong.storage.contract import QueueStore
 from wukong.storage.local_env import LOOK_BYTES, close_environment, open_environment
@@ -109,7 +115,8 @@ class LocalJobStore(QueueStore):
             rows.set_watch(pipe, progress=False)
             return minted
 
-        return self._change(job, operation, _size_bytes(request))
+        n_bytes = _size_bytes(request.programs, request.sources, len(request.entries))
+        return self._change(job, operation, n_bytes)
 
     def start(
         self, job: JobId, token: TokenId, attempt: AttemptId, holder: HolderId
@@ -199,6 +206,30 @@ class LocalJobStore(QueueStore):
             lambda rows: oversight.relaunch(rows, request, self._clock()),
             rewrites_all=True,
         )
+
+    # -------------------------------------------------------------- open jobs
+
+    def extend(self, request: Extend) -> tuple[Invocation, ...] | Refused:
+        return self._change(
+            request.job,
+            lambda rows: extension.extend(rows, request, self._clock()),
+            _size_bytes(request.programs, request.sources, len(request.strands)),
+            rewrites_all=request.restart is not None,
+        )
+
+    def unpin(self, job: JobId, exports: Sequence[ExportId]) -> None:
+        self._change(job, lambda rows: extension.unpin(rows, exports))
+
+    def drop(self, job: JobId, strands: Sequence[tuple[StrandId, tuple[ExportId, ...]]]) -> None:
+        self._change(job, lambda rows: extension.drop(rows, strands))
+
+    def news(self, job: JobId, acknowledged: Sequence[str], collected: Sequence[BlobId]) -> News:
+        if not acknowledged and not collected:
+            return self._look(job, lambda rows: extension.news(rows, (), ()))
+        return self._change(job, lambda rows: extension.news(rows, acknowledged, collected))
+
+    def located(self, job: JobId, exports: Sequence[ExportId]) -> tuple[Located, ...]:
+        return self._look(job, lambda rows: extension.located(rows, exports))
 
     # -------------------------------------------------------------- clients
 
@@ -366,10 +397,12 @@ def _jobs(txn: lmdb.Transaction[bytes]) -> Iterator[JobId]:
         there = cursor.set_range(job + b"\1")
 
 
-def _size_bytes(request: Create) -> int:
-    """What a new job writes, when that is much; else 0."""
-    entries = [entry for _, entry in request.programs]
-    entries += [entry for output in request.sources for entry in output.entries]
-    n_rows = len(entries) + len(request.entries)
+def _size_bytes(
+    programs: Sequence[tuple[StrandId, Entry]], sources: Sequence[Output], n_strands: int
+) -> int:
+    """What a new job or a piece of one writes, when that is much; else 0."""
+    entries = [entry for _, entry in programs]
+    entries += [entry for output in sources for entry in output.entries]
+    n_rows = len(entries) + n_strands
     n_bytes = sum(len(e.payload) for e in entries if isinstance(e.payload, bytes)) + n_rows * 1024
     return n_bytes if n_bytes > LOOK_BYTES else 0

@@ -29,6 +29,7 @@ from wukong.executor.messages import (
     ExportSpec,
     Feed,
     JobId,
+    Located,
     Part,
     Status,
 )
@@ -36,6 +37,8 @@ from wukong.storage.rows import (
     TOKENS,
     ExportRow,
     JobRow,
+    LateEdge,
+    NoteRow,
     ProgramRow,
     ReceiptRow,
     Table,
@@ -130,12 +133,13 @@ def plain_token(row: TokenRow, place: bytes) -> Plain:
 
 def _plain_waiting(row: WaitingRow) -> Plain:
     part = None if row.part is None else _plain_part(row.part)
-    return ("w", row.base, part, row.n_missing, row.inputs, row.n_deaths)
+    return ("w", row.base, part, row.n_missing, row.inputs, row.n_deaths, row.priority)
 
 
 def _plain_export(row: ExportRow) -> Plain:
     entries = tuple([_plain_entry(entry) for entry in row.entries])
-    return ("e", row.n_left, row.n_consumers, row.requested, entries)
+    late = tuple([tuple(edge) for edge in row.late])
+    return ("e", row.n_left, row.n_consumers, row.requested, entries, late)
 
 
 def _plain_receipt(row: ReceiptRow) -> Plain:
@@ -143,11 +147,22 @@ def _plain_receipt(row: ReceiptRow) -> Plain:
 
 
 def _plain_program(row: ProgramRow) -> Plain:
-    return ("p", _plain_entry(row.entry))
+    return ("p", _plain_entry(row.entry), row.n_live)
 
 
 def _plain_trace(row: TraceRow) -> Plain:
     return ("x", _plain_bytes(row.packed))
+
+
+def _plain_note(row: NoteRow) -> Plain:
+    recorded = tuple([(e, tuple(map(_plain_entry, entries))) for e, entries in row.recorded])
+    return ("n", recorded, _plain_bytes(row.trace))
+
+
+def _note(recorded: tuple[Located, ...], trace: bytes | None) -> NoteRow:
+    """A note from the plain tuples in its shape."""
+    located = (Located(e, tuple(map(Entry._make, entries))) for e, entries in recorded)
+    return NoteRow(tuple(located), trace)
 
 
 def _plain_job(row: JobRow) -> Plain:
@@ -172,6 +187,9 @@ def _plain_job(row: JobRow) -> Plain:
         row.garbage,
         row.lost,
         row.done,
+        row.is_open,
+        row.n_extended,
+        row.news_version,
     )
 
 
@@ -184,17 +202,23 @@ _PLAIN: dict[str, Callable[..., Plain]] = {
     "r": _plain_receipt,
     "p": _plain_program,
     "x": _plain_trace,
+    "n": _plain_note,
     "j": _plain_job,
 }
 _MAKE: dict[str, Callable[..., object]] = {
     "t": lambda plain: TokenRow(plain[1], plain[2], _part(plain[3]), *plain[4:-1]),
     "w": lambda plain: WaitingRow(plain[1], _part(plain[2]), *plain[3:]),
     "e": lambda plain: ExportRow(
-        plain[1], plain[2], plain[3], tuple([Entry._make(entry) for entry in plain[4]])
+        plain[1],
+        plain[2],
+        plain[3],
+        tuple([Entry._make(entry) for entry in plain[4]]),
+        tuple([LateEdge._make(edge) for edge in plain[5]]),
     ),
     "r": lambda plain: ReceiptRow(*plain[1:]),
-    "p": lambda plain: ProgramRow(Entry._make(plain[1])),
+    "p": lambda plain: ProgramRow(Entry._make(plain[1]), plain[2]),
     "x": lambda plain: TraceRow(*plain[1:]),
+    "n": lambda plain: _note(*plain[1:]),
     "j": lambda plain: JobRow(_STATUSES[plain[1]], *plain[2:]),
 }
 
@@ -278,7 +302,8 @@ class StoredRows:
         self.n_dirty_bytes = 0
         """Bytes of pages that the transaction has written, at most."""
         self.news: tuple[bool, bool] = (False, False)
-        """Whether this transaction ended the job or lost values of it; whether it went on."""
+        """Whether this transaction ended the job, lost values of it, or has news for an open job's
+        client; whether it went on."""
         self._txn = txn
         self._queue = queue
         self._number = number
@@ -393,4 +418,5 @@ class StoredRows:
         status, version = self._found
         changed = row.version != version or row.status is not status
         ended = row.status is not Status.RUNNING and status is Status.RUNNING
-        self.news = (ended or (changed and bool(row.lost)), changed)
+        has_news = row.is_open and row.news_version == row.version
+        self.news = (ended or (changed and (has_news or bool(row.lost))), changed)

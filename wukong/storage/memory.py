@@ -18,9 +18,11 @@ from typing import TypeVar
 from wukong.executor.messages import (
     Absorbed,
     AttemptId,
+    BlobId,
     Commit,
     Create,
     ExportId,
+    Extend,
     Feed,
     Grant,
     HolderId,
@@ -28,14 +30,16 @@ from wukong.executor.messages import (
     JobId,
     JobView,
     Located,
+    News,
     Reason,
     Receipt,
     Refused,
     Relaunch,
     RunningToken,
+    StrandId,
     TokenId,
 )
-from wukong.storage import oversight, state
+from wukong.storage import extension, oversight, state
 from wukong.storage import rows as job_rows
 from wukong.storage.contract import QueueStore
 from wukong.storage.rows import Table, TokenRow
@@ -169,11 +173,12 @@ class MemoryJobStore(QueueStore):
 
     def commit(self, request: Commit) -> Receipt | Refused:
         with self._lock:
-            reply = state.commit(self._rows(request.job), request, self._clock())
+            rows = self._rows(request.job)
+            reply = state.commit(rows, request, self._clock())
             if (
                 self._n_waiting
                 and isinstance(reply, Receipt)
-                and (reply.job_over or self._n_waiting_for_progress)
+                and (reply.job_over or self._n_waiting_for_progress or _has_news(rows))
             ):
                 self._changed.notify_all()
             return reply
@@ -219,6 +224,28 @@ class MemoryJobStore(QueueStore):
         with self._lock:
             self._changed.notify_all()
             return oversight.relaunch(self._rows(request.job), request, self._clock())
+
+    def extend(self, request: Extend) -> tuple[Invocation, ...] | Refused:
+        with self._lock:
+            return extension.extend(self._rows(request.job), request, self._clock())
+
+    def unpin(self, job: JobId, exports: Sequence[ExportId]) -> None:
+        with self._lock:
+            extension.unpin(self._rows(job), exports)
+            self._changed.notify_all()
+
+    def drop(self, job: JobId, strands: Sequence[tuple[StrandId, tuple[ExportId, ...]]]) -> None:
+        with self._lock:
+            extension.drop(self._rows(job), strands)
+            self._changed.notify_all()
+
+    def news(self, job: JobId, acknowledged: Sequence[str], collected: Sequence[BlobId]) -> News:
+        with self._lock:
+            return extension.news(self._rows(job), acknowledged, collected)
+
+    def located(self, job: JobId, exports: Sequence[ExportId]) -> tuple[Located, ...]:
+        with self._lock:
+            return extension.located(self._rows(job), exports)
 
     def view(self, job: JobId) -> JobView | None:
         with self._lock:
@@ -282,3 +309,9 @@ class MemoryJobStore(QueueStore):
 
     def _rows(self, job: JobId) -> _MemoryRows:
         return self._jobs.get(job) or _MemoryRows(job, self._queue)
+
+
+def _has_news(rows: _MemoryRows) -> bool:
+    """Whether the last change of a job has brought news for an open job's client."""
+    job = rows.get(job_rows.JOB, job_rows.THE_JOB)
+    return job is not None and job.is_open and job.news_version == job.version

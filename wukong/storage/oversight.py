@@ -33,15 +33,9 @@ from wukong.storage.rows import (
     Rows,
     WaitingRow,
 )
-from wukong.storage.state import (
-    REINVOKE_MAX,
-    clear_work,
-    discard,
-    end_job,
-    is_complete,
-    mint_entries,
-    sweep_tokens,
-)
+from wukong.storage.silence import REINVOKE_MAX, sweep_tokens
+from wukong.storage.state import clear_work, end_job, mint_entries
+from wukong.storage.values import discard, is_complete
 
 
 def release(rows: Rows, holder: HolderId, cause: str, now: float) -> tuple[Invocation, ...]:
@@ -209,7 +203,7 @@ def manifest(rows: Rows) -> object | None:
 
 def is_news(job: JobRow, version: int, progress: bool) -> bool:
     """Say whether a watcher who knows the job at `version` has to be woken."""
-    if job.status is not Status.RUNNING:
+    if job.status is not Status.RUNNING or job.news_version > version:
         return True
     return job.version > version and (progress or bool(job.lost))
 

@@ -5,6 +5,7 @@ waiting   strands that miss inputs, with one counter each
 exports   values: recorded entries, and how many consumers have not read them yet
 receipts  of commits whose minted tokens have not all been started
 programs  where the code of each static strand is
+notes     of an open job: what commits have brought and its client has not acknowledged
 job       status, counters, garbage
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from wukong.executor.messages import (
     AttemptId,
@@ -21,6 +22,7 @@ from wukong.executor.messages import (
     ExportId,
     HolderId,
     JobId,
+    Located,
     Part,
     Status,
     StrandId,
@@ -62,8 +64,17 @@ class WaitingRow:
     part: Part | None
     n_missing: int
     inputs: tuple[ExportId, ...]
-    """Static strand: those that are complete. Spawned strand: all of them."""
+    """Static strand of a closed job: those that are complete. Any other strand: all of them."""
     n_deaths: int = 0
+    priority: int = 0
+
+
+class LateEdge(NamedTuple):
+    """A strand of a later extension waits for some values of an export."""
+
+    strand: StrandId
+    tasks: tuple[int, ...]
+    """Those that are not recorded yet."""
 
 
 @dataclass(slots=True)
@@ -76,6 +87,7 @@ class ExportRow:
     """Strands and clients that have not read it."""
     requested: bool
     entries: tuple[Entry, ...]
+    late: tuple[LateEdge, ...] = ()
 
 
 @dataclass(slots=True)
@@ -114,6 +126,11 @@ class JobRow:
     lost: tuple[ExportId, ...] = ()
     done: tuple[StrandId, ...] = ()
     """Strands of an earlier generation that are not to run again."""
+    is_open: bool = False
+    n_extended: int = 0
+    """The number of the last extension."""
+    news_version: int = 0
+    """The version at which there was news for the client of an open job."""
 
 
 @dataclass(slots=True)
@@ -121,6 +138,8 @@ class ProgramRow:
     """Where the program of a static strand is."""
 
     entry: Entry
+    n_live: int = 1
+    """In an open job: its strand, or pieces of it, that are not committed; at 0 the row goes."""
 
 
 @dataclass(slots=True)
@@ -128,6 +147,14 @@ class TraceRow:
     """The packed trace of one commit."""
 
     packed: bytes | object
+
+
+@dataclass(slots=True)
+class NoteRow:
+    """What one commit of an open job has brought; see `messages.Note`."""
+
+    recorded: tuple[Located, ...]
+    trace: bytes | object | None
 
 
 R = TypeVar("R")
@@ -147,8 +174,9 @@ EXPORTS: Table[ExportRow] = Table("e", ExportRow)
 RECEIPTS: Table[ReceiptRow] = Table("r", ReceiptRow)
 PROGRAMS: Table[ProgramRow] = Table("p", ProgramRow)
 TRACES: Table[TraceRow] = Table("x", TraceRow)
+NOTES: Table[NoteRow] = Table("n", NoteRow)
 JOB: Table[JobRow] = Table("j", JobRow)
-TABLES = (TOKENS, WAITING, EXPORTS, RECEIPTS, PROGRAMS, TRACES, JOB)
+TABLES = (TOKENS, WAITING, EXPORTS, RECEIPTS, PROGRAMS, TRACES, NOTES, JOB)
 THE_JOB = ""
 """The id of the one row of `JOB`."""
 MANIFEST = "manifest"

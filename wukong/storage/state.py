@@ -9,11 +9,11 @@ The lines of thought that everything rests on:
 - A commit is applied exactly once, since it removes its token. So counters are enough.
 - A token exists from the commit that minted it to the commit that spends it. So at every moment the
   tokens and the waiting strands are the remaining work, whoever dies.
+
+What is different in an open job stands at the head of `wukong.storage.extension`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from wukong.executor.messages import (
     Absorbed,
@@ -40,14 +40,15 @@ from wukong.storage.rows import (
     EXPORTS,
     JOB,
     MANIFEST,
+    NOTES,
     PROGRAMS,
     RECEIPTS,
     THE_JOB,
     TOKENS,
     TRACES,
     WAITING,
-    ExportRow,
     JobRow,
+    NoteRow,
     ProgramRow,
     R,
     ReceiptRow,
@@ -57,12 +58,9 @@ from wukong.storage.rows import (
     TraceRow,
     WaitingRow,
 )
+from wukong.storage.silence import count_death, sweep_tokens
+from wukong.storage.values import count_consumers, locate, record
 
-REINVOKE_MAX = 64
-"""Tokens that one operation hands out again; the rest wait for the next (rule 4, a global cap)."""
-BACKOFF_S = 2.0
-"""First wait before a queued token is invoked again; doubles each time."""
-BACKOFF_MAX_S = 60.0
 GARBAGE_MAX = 64
 """Garbage ids in one receipt."""
 # ------------------------------------------------------------------ operations
@@ -83,17 +81,18 @@ def create(rows: Rows, request: Create, silence_s: float, now: float) -> tuple[I
         priority=request.priority,
         silence_s=silence_s,
         sweep_at=now + silence_s,
+        is_open=request.is_open,
     )
     rows.put(PROGRAMS, MANIFEST, ProgramRow(Entry((), None, request.manifest, 0, 0)))
     for strand, entry in request.programs:
         rows.put(PROGRAMS, strand, ProgramRow(entry))
     arrivals: list[tuple[Feed, ExportId]] = []
     for output in request.sources:
-        _record(rows, job, output, arrivals)
+        record(rows, job, output, arrivals)
     for feed, export in arrivals:
-        _arrive(rows, feed, export)
+        _arrive(rows, job, feed, export)
     minted = mint_entries(rows, job, request.entries, request.entry_inputs, now)
-    if job.n_requested == 0:
+    if job.n_requested == 0 and not job.is_open:
         job.status = Status.DONE
     rows.put(JOB, THE_JOB, job)
     return minted
@@ -116,7 +115,7 @@ def start(
             if now - row.stamped_at < job.silence_s:
                 return Refused(Reason.HELD)
             count_death(job, row)
-        _confirm(rows, row)
+        confirm(rows, row)
         row.running = True
         row.attempt = attempt
         row.holder = holder
@@ -126,7 +125,7 @@ def start(
         job.n_retries += row.n_starts > 1
         rows.put(TOKENS, token, row)
         rows.put(JOB, THE_JOB, job)
-    return _grant(rows, token, row)
+    return _grant(rows, job, token, row)
 
 
 def renew(rows: Rows, token: TokenId, attempt: AttemptId, now: float) -> Reason | None:
@@ -137,7 +136,7 @@ def renew(rows: Rows, token: TokenId, attempt: AttemptId, now: float) -> Reason 
         return Reason.SPENT if job is not None and job.status is Status.RUNNING else Reason.OVER
     if not row.running or row.attempt != attempt:
         return Reason.HELD
-    _confirm(rows, row)
+    confirm(rows, row)
     row.stamped_at = now
     rows.put(TOKENS, token, row)
     return None
@@ -151,16 +150,14 @@ def absorb(
     if row is None or not row.running or row.attempt != attempt:
         return Refused(Reason.SPENT)
     job = rows.get(JOB, THE_JOB)
-    waiting = rows.get(WAITING, feed.strand)
-    if waiting is None:
-        waiting = WaitingRow(feed.strand, None, feed.n_inputs, ())
+    waiting = None if job is None else _waiting(rows, job, feed)
     # A strand that was done in an earlier generation waits for nothing (seed 9008).
-    if waiting.n_missing != n_held or job is None or feed.strand in job.done:
+    if waiting is None or waiting.n_missing != n_held or job is None or feed.strand in job.done:
         return Refused(Reason.HELD)
     program = rows.get(PROGRAMS, waiting.base)
     assert program is not None, f"strand {waiting.base} has no program"
-    recorded = [e for e in waiting.inputs if is_complete(rows, e)]
-    return Absorbed(waiting.base, program.entry, waiting.part, _locate(rows, recorded))
+    recorded = [e for e in waiting.inputs if (found := rows.get(EXPORTS, e)) and found.entries]
+    return Absorbed(waiting.base, program.entry, waiting.part, locate(rows, recorded))
 
 
 def commit(rows: Rows, request: Commit, now: float) -> Receipt | Refused:
@@ -172,18 +169,20 @@ def commit(rows: Rows, request: Commit, now: float) -> Receipt | Refused:
         return Refused(Reason.OVER)
     row = rows.get(TOKENS, request.token)
     if row is None:
-        return _repeat_receipt(rows, request)
-    _confirm(rows, row)
+        return _repeat_receipt(rows, job, request)
+    if job.is_open and any(rows.get(WAITING, strand) is None for strand in request.absorbed):
+        return _requeue(rows, request, row, now)
+    confirm(rows, row)
     rows.delete(TOKENS, request.token)
     job.n_commits += 1
     job.version += 1
     job.n_tasks_done += request.n_tasks
-    if request.trace is not None:
+    if request.trace is not None and not job.is_open:
         rows.put(TRACES, f"{job.n_commits:09d}", TraceRow(request.trace))
     if request.failed is not None:
         end_job(rows, job, Status.FAILED, request.failed)
         return Receipt(None, (), (), job_over=True)
-    receipt = _apply(rows, job, request, now)
+    receipt = _apply(rows, job, request, row, now)
     rows.put(JOB, THE_JOB, job)
     return receipt
 
@@ -191,25 +190,27 @@ def commit(rows: Rows, request: Commit, now: float) -> Receipt | Refused:
 # ------------------------------------------------------------------ parts of the operations
 
 
-def _apply(rows: Rows, job: JobRow, request: Commit, now: float) -> Receipt:
+def _apply(rows: Rows, job: JobRow, request: Commit, token: TokenRow, now: float) -> Receipt:
     """Record outputs, lower counters, mint; `job` is the caller's to write."""
     arrivals: list[tuple[Feed, ExportId]] = []
-    for output in request.outputs:
-        _record(rows, job, output, arrivals)
+    wanted = [output for output in request.outputs if record(rows, job, output, arrivals)]
+    if job.is_open:
+        _note(rows, job, request, wanted)
+        _count_programs(rows, request, token)
     # Retained first: an input that pieces go on reading must not pass through zero consumers.
     for export, n_more in request.retained:
-        _count_consumers(rows, job, export, n_more)
+        count_consumers(rows, job, export, n_more)
     for export in request.consumed:
-        _count_consumers(rows, job, export, -1)
+        count_consumers(rows, job, export, -1)
     for strand in request.absorbed:
         rows.delete(WAITING, strand)
     ready: list[tuple[StrandId, WaitingRow, int]] = []
     for feed, export in arrivals:
-        waiting = _arrive(rows, feed, export)
+        waiting = _arrive(rows, job, feed, export)
         if waiting is not None:
             ready.append((feed.strand, waiting, feed.held_bytes))
     for spawn in request.spawns:
-        waiting = _spawn(rows, spawn)
+        waiting = _spawn(rows, spawn, token.priority)
         if waiting is not None:
             ready.append((spawn.strand, waiting, spawn.held_bytes))
     job.n_strands += len(request.spawns)
@@ -217,7 +218,7 @@ def _apply(rows: Rows, job: JobRow, request: Commit, now: float) -> Receipt:
     dropped = set(request.collected)
     if dropped:
         job.garbage = tuple(b for b in job.garbage if b not in dropped)
-    if job.n_requested == 0:
+    if job.n_requested == 0 and not job.is_open:
         job.status = Status.DONE
         # In a later generation, pieces that only feed finished strands may be left (seed 1198).
         clear_work(rows)
@@ -233,48 +234,21 @@ def _apply(rows: Rows, job: JobRow, request: Commit, now: float) -> Receipt:
     )
 
 
-def _record(rows: Rows, job: JobRow, output: Output, arrivals: list[tuple[Feed, ExportId]]) -> None:
-    """Add values to an export; when it is complete, note whom it feeds."""
-    row = rows.get(EXPORTS, output.export)
-    if row is None:
-        row = ExportRow(output.n_values, output.n_consumers, output.requested, ())
-    row.entries += output.entries
-    row.n_left -= sum(len(entry.tasks) for entry in output.entries)
-    assert row.n_left >= 0, f"export {output.export}: a value was recorded twice"
-    rows.put(EXPORTS, output.export, row)
-    if row.n_left == 0:
-        job.n_requested -= row.requested
-        arrivals.extend((f, output.export) for f in output.feeds if f.strand not in job.done)
-        if row.n_consumers <= 0:
-            discard(rows, job, output.export, row)
-
-
-def _count_consumers(rows: Rows, job: JobRow, export: ExportId, n_more: int) -> None:
-    """Change the number of consumers; an export without any is discarded."""
-    row = rows.get(EXPORTS, export)
-    assert row is not None, f"export {export} was discarded before its last consumer"
-    row.n_consumers += n_more
-    if row.n_consumers <= 0:
-        discard(rows, job, export, row)
-    else:
-        rows.put(EXPORTS, export, row)
-
-
-def discard(rows: Rows, job: JobRow, export: ExportId, row: ExportRow) -> None:
-    """Forget an export; its blobs are garbage from now on."""
-    rows.delete(EXPORTS, export)
-    blobs = tuple(e.blob for e in row.entries if e.blob is not None)
-    if blobs:
-        job.garbage += blobs
-
-
-def _arrive(rows: Rows, feed: Feed, export: ExportId) -> WaitingRow | None:
-    """Count an input of a strand as there. Returns the strand when it was the last one."""
+def _waiting(rows: Rows, job: JobRow, feed: Feed) -> WaitingRow | None:
+    """The row of a strand that is fed. None: in an open job, it waits no longer."""
     row = rows.get(WAITING, feed.strand)
+    if row is None and not job.is_open:
+        return WaitingRow(feed.strand, None, feed.n_inputs, (), priority=job.priority)
+    return row
+
+
+def _arrive(rows: Rows, job: JobRow, feed: Feed, export: ExportId) -> WaitingRow | None:
+    """Count an input of a strand as there. Returns the strand when it was the last one."""
+    row = _waiting(rows, job, feed)
     if row is None:
-        row = WaitingRow(feed.strand, None, feed.n_inputs, ())
+        return None
     row.n_missing -= 1
-    if row.part is None:
+    if row.part is None and not job.is_open:
         row.inputs += (export,)
     if row.n_missing > 0:
         rows.put(WAITING, feed.strand, row)
@@ -283,9 +257,11 @@ def _arrive(rows: Rows, feed: Feed, export: ExportId) -> WaitingRow | None:
     return row
 
 
-def _spawn(rows: Rows, spawn: Spawn) -> WaitingRow | None:
+def _spawn(rows: Rows, spawn: Spawn, priority: int) -> WaitingRow | None:
     """Add a piece to the job. Returns it when it misses nothing."""
-    row = WaitingRow(spawn.base, spawn.part, spawn.n_missing, spawn.inputs, spawn.n_deaths)
+    row = WaitingRow(
+        spawn.base, spawn.part, spawn.n_missing, spawn.inputs, spawn.n_deaths, priority
+    )
     if spawn.n_missing > 0:
         rows.put(WAITING, spawn.strand, row)
         return None
@@ -309,7 +285,7 @@ def _mint(
     minted = tuple(TokenId(f"{request.attempt}.{i}") for i in range(len(ready)))
     grant: Grant | None = None
     for i, (strand, waiting, _) in enumerate(ready):
-        row = _queue(job, strand, waiting, request.token, now)
+        row = _queue(strand, waiting, request.token, now)
         if i == become:
             assert request.become is not None
             row.running = True
@@ -317,7 +293,7 @@ def _mint(
             row.holder = request.holder
             row.n_starts = 1
             job.n_starts += 1
-            grant = _grant(rows, minted[i], row)
+            grant = _grant(rows, job, minted[i], row)
         rows.put(TOKENS, minted[i], row)
     rows.put(
         RECEIPTS,
@@ -326,13 +302,15 @@ def _mint(
             request.attempt, minted, minted[become] if become >= 0 else TokenId(""), len(minted)
         ),
     )
-    others = (Invocation(rows.job, t, job.priority) for i, t in enumerate(minted) if i != become)
-    return Receipt(grant, tuple(others), ())
+    others = tuple(
+        Invocation(rows.job, minted[i], waiting.priority)
+        for i, (_, waiting, _) in enumerate(ready)
+        if i != become
+    )
+    return Receipt(grant, others, ())
 
 
-def _queue(
-    job: JobRow, strand: StrandId, waiting: WaitingRow, minted_by: str, now: float
-) -> TokenRow:
+def _queue(strand: StrandId, waiting: WaitingRow, minted_by: str, now: float) -> TokenRow:
     return TokenRow(
         strand=strand,
         base=waiting.base,
@@ -340,7 +318,7 @@ def _queue(
         inputs=waiting.inputs,
         minted_by=minted_by,
         n_deaths=waiting.n_deaths,
-        priority=job.priority,
+        priority=waiting.priority,
         stamped_at=now,
     )
 
@@ -352,17 +330,28 @@ def mint_entries(
     entry_inputs: tuple[tuple[ExportId, ...], ...],
     now: float,
 ) -> tuple[Invocation, ...]:
-    """Queue the strands that can begin. Their ids carry the job and its generation."""
-    invocations = []
-    for strand, inputs in zip(entries, entry_inputs, strict=True):
-        token = TokenId(f"{rows.job}.{job.generation}.{strand}")
-        row = _queue(job, strand, WaitingRow(strand, None, 0, inputs), "", now)
-        rows.put(TOKENS, token, row)
-        invocations.append(Invocation(rows.job, token, job.priority))
-    return tuple(invocations)
+    """Queue the strands that can begin."""
+    return tuple(
+        mint_entry(rows, job, strand, WaitingRow(strand, None, 0, inputs, 0, job.priority), now)
+        for strand, inputs in zip(entries, entry_inputs, strict=True)
+    )
 
 
-def _confirm(rows: Rows, row: TokenRow) -> None:
+def mint_entry(
+    rows: Rows, job: JobRow, strand: StrandId, waiting: WaitingRow, now: float
+) -> Invocation:
+    """Queue a strand that no commit has minted."""
+    token = entry_token(rows, job, strand)
+    rows.put(TOKENS, token, _queue(strand, waiting, "", now))
+    return Invocation(rows.job, token, waiting.priority)
+
+
+def entry_token(rows: Rows, job: JobRow, strand: StrandId) -> TokenId:
+    """The token of a strand that no commit has minted: it carries the job and its generation."""
+    return TokenId(f"{rows.job}.{job.generation}.{strand}")
+
+
+def confirm(rows: Rows, row: TokenRow) -> None:
     """A minted token has been seen by its executor: its receipt has one less to wait for."""
     if not row.minted_by:
         return
@@ -389,7 +378,7 @@ def _unstarted(rows: Rows, spent: TokenId) -> tuple[Invocation, ...]:
     return tuple(found)
 
 
-def _repeat_receipt(rows: Rows, request: Commit) -> Receipt | Refused:
+def _repeat_receipt(rows: Rows, job: JobRow, request: Commit) -> Receipt | Refused:
     """Answer a commit whose token is spent: its own attempt gets the receipt again."""
     invoke = _unstarted(rows, request.token)
     receipt = rows.get(RECEIPTS, request.token)
@@ -398,11 +387,53 @@ def _repeat_receipt(rows: Rows, request: Commit) -> Receipt | Refused:
     row = rows.get(TOKENS, receipt.become)
     grant = None
     if row is not None and row.running and row.attempt == request.become:
-        grant = _grant(rows, receipt.become, row)
+        grant = _grant(rows, job, receipt.become, row)
     return Receipt(grant, invoke, ())
 
 
-def _grant(rows: Rows, token: TokenId, row: TokenRow) -> Grant:
+def _requeue(rows: Rows, request: Commit, row: TokenRow, now: float) -> Refused:
+    """A strand that this work has absorbed was dropped meanwhile: do the rest of it again."""
+    row.running = False
+    row.stamped_at = now
+    rows.put(TOKENS, request.token, row)
+    return Refused(Reason.HELD, (Invocation(rows.job, request.token, row.priority),))
+
+
+def _note(rows: Rows, job: JobRow, request: Commit, wanted: list[Output]) -> None:
+    """Leave word for the client of an open job; payloads stay where they are."""
+    if not wanted and request.trace is None:
+        return
+    recorded = tuple(
+        Located(output.export, tuple(e._replace(payload=None) for e in output.entries))
+        for output in wanted
+    )
+    rows.put(NOTES, f"{job.n_commits:09d}.{request.attempt}", NoteRow(recorded, request.trace))
+    if wanted:
+        job.news_version = job.version
+
+
+def _count_programs(rows: Rows, request: Commit, token: TokenRow) -> None:
+    """In an open job, a program goes with the last strand or piece that is run by it."""
+    more = dict.fromkeys((spawn.base for spawn in request.spawns), 0)
+    for spawn in request.spawns:
+        more[spawn.base] += 1
+    more[token.base] = more.get(token.base, 0) - 1
+    for strand in request.absorbed:
+        waiting = rows.get(WAITING, strand)
+        assert waiting is not None, f"strand {strand} was dropped"
+        more[waiting.base] = more.get(waiting.base, 0) - 1
+    for base, n_more in more.items():
+        row = rows.get(PROGRAMS, base)
+        if n_more == 0 or row is None:
+            continue
+        row.n_live += n_more
+        if row.n_live:
+            rows.put(PROGRAMS, base, row)
+        else:
+            rows.delete(PROGRAMS, base)
+
+
+def _grant(rows: Rows, job: JobRow, token: TokenId, row: TokenRow) -> Grant:
     program = rows.get(PROGRAMS, row.base)
     assert program is not None, f"strand {row.base} has no program"
     return Grant(
@@ -413,65 +444,13 @@ def _grant(rows: Rows, token: TokenId, row: TokenRow) -> Grant:
         base=row.base,
         program=program.entry,
         part=row.part,
-        inputs=_locate(rows, row.inputs),
+        inputs=locate(rows, row.inputs),
         n_starts=row.n_starts,
         n_deaths=row.n_deaths,
         cause=row.cause,
         priority=row.priority,
+        is_open=job.is_open,
     )
-
-
-def _locate(rows: Rows, exports: Iterable[ExportId]) -> tuple[Located, ...]:
-    located = []
-    for export in exports:
-        row = rows.get(EXPORTS, export)
-        assert row is not None, f"export {export} was discarded before its last consumer"
-        located.append(Located(export, row.entries))
-    return tuple(located)
-
-
-def is_complete(rows: Rows, export: ExportId) -> bool:
-    """Whether all values of an export are recorded."""
-    row = rows.get(EXPORTS, export)
-    return row is not None and row.n_left == 0
-
-
-def sweep_tokens(rows: Rows, job: JobRow, limit: int, now: float) -> tuple[Invocation, ...]:
-    """Find silent tokens, and set when to look again.
-
-    Running tokens count as silent by their heartbeat, queued ones only after a back-off that
-    doubles: most of them are in a platform's queue and not lost (rule 4).
-    """
-    job.sweep_at = now + job.silence_s / 2
-    found: list[tuple[float, str, TokenRow]] = []
-    for key, row in rows.scan(TOKENS):
-        silence = now - row.stamped_at
-        wait = job.silence_s if row.running else _backoff_s(row.n_invokes)
-        if silence >= wait:
-            found.append((row.stamped_at, key, row))
-    found.sort(key=lambda item: item[:2])
-    for _, key, row in found[:limit]:
-        if row.running:
-            # Queued again, for executors that take tokens from the queue (seed 18).
-            count_death(job, row)
-        else:
-            row.n_invokes += 1
-            row.stamped_at = now
-        rows.put(TOKENS, key, row)
-    return tuple(Invocation(rows.job, TokenId(key), row.priority) for _, key, row in found[:limit])
-
-
-def count_death(job: JobRow, row: TokenRow) -> None:
-    """Take a token from a holder that has been silent for long."""
-    row.running = False
-    row.n_deaths += 1
-    row.cause = row.cause or f"no heartbeat for {job.silence_s:g} s"
-    job.n_deaths += 1
-
-
-def _backoff_s(n_invokes: int) -> float:
-    # The exponent is bounded too: a token may stay queued for days, and a float ends at 2**1024.
-    return min(BACKOFF_S * 2.0 ** min(n_invokes, 16), BACKOFF_MAX_S)
 
 
 def queued_tokens(rows: Rows) -> list[tuple[str, TokenRow]]:
