@@ -89,6 +89,7 @@ PURE = {
     "wukong.rdma.arena",
     "wukong.rdma.frames",
     "wukong.rdma.lease",
+    "wukong.rdma.lease_grants",
     "wukong.rdma.transport",
     "wukong.scheduler.job",
     "wukong.scheduler.recovery",
