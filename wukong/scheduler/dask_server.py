@@ -1,0 +1,339 @@
+"""What a `distributed.Client` connects to: Dask's protocol, by a server that schedules nothing.
+
+    client -- stream: update-graph, client-releases-keys, ... --> DaskServer --> session: extend,
+           <- reports: key-in-memory, task-erred, ... ---------      |           release, cancel
+           -- calls: gather, scatter, who_has, ... ------------>     |
+                                                                     +<-- news, in batches
+
+A graph extends the session's job, a future is a pin on a value, completions come from the
+session's watcher. There is no state machine of tasks and no worker: the addresses that the server
+gives as workers' are its own. Built on distributed's own server, comms and serialisation.
+
+    dask_server_futures    the table of keys
+    dask_server_keys       who holds them, who is told of them
+    dask_server_graphs     a client's graph, made ready for the session
+    dask_server_clients    one client's end: its reports, its versions
+    dask_server_values     gather, scatter
+    dask_server_facts      calls that only ask
+    dask_server_host       starts and ends the server for a cluster
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import dask.config
+from distributed.broker import Broker
+from distributed.comm import Comm
+from distributed.core import Status
+from distributed.event import EventExtension
+from distributed.multi_lock import MultiLockExtension
+from distributed.publish import PublishExtension
+from distributed.queues import QueueExtension
+from distributed.security import Security
+from distributed.semaphore import SemaphoreExtension
+from distributed.utils import offload
+from distributed.variable import VariableExtension
+from tornado.ioloop import PeriodicCallback
+
+from wukong import config
+from wukong.errors import MissingKey
+from wukong.scheduler.calls import Key
+from wukong.scheduler.dask_server_clients import Outbox, check_versions
+from wukong.scheduler.dask_server_facts import Facts
+from wukong.scheduler.dask_server_futures import Entry, Finished, Holder, Work, as_failure
+from wukong.scheduler.dask_server_graphs import (
+    INLINE_BYTES,
+    Piece,
+    cut_known,
+    read_graph,
+    size_of_message,
+)
+from wukong.scheduler.dask_server_keys import KeyServer
+from wukong.scheduler.dask_server_values import Values
+
+logger = logging.getLogger(__name__)
+
+INLINE_TASKS = 100
+"""A graph of fewer tasks is planned in the loop's thread: handing it over takes longer."""
+LOOK_S = 1.0
+"""How often clients that have fallen silent are looked for."""
+
+NO_ACTORS = (
+    "Wukong has no actors: no executor keeps an object between tasks. Hold the state in a "
+    "Variable, or pass it from task to task."
+)
+
+
+class DaskServer(KeyServer):
+    """Serves Dask clients from a session. For one event loop.
+
+    Args:
+        open_session: makes the session; it gets the function that takes news, from any thread.
+        n_executors: as many workers are shown to clients.
+        security: TLS for `tls://` addresses.
+    """
+
+    default_port = 8786
+
+    def __init__(
+        self,
+        open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
+        *,
+        n_executors: int,
+        security: Security | None = None,
+    ) -> None:
+        self.security = security or Security()
+        self.n_executors = n_executors
+        self.started_at = time.time()
+        self.services: dict[str, int] = {}
+        """Name -> port; of pages that a browser can open."""
+        self.workers: dict[str, str] = {}
+        """Address -> name; filled when the server listens."""
+        self._extending = asyncio.Lock()
+        """Held from looking keys up until the new ones are in the table."""
+        self._early: list[Finished] = []
+        """News of values that are not in the table yet."""
+        super().__init__(
+            handlers={},
+            deserialize=False,
+            connection_args=self.security.get_connection_args("scheduler"),
+            needs_workdir=False,
+        )
+        self.handlers.update(
+            {"register-client": self.add_client, "retry": self.retry, "terminate": self.terminate}
+        )
+        self.stream_handlers.update(
+            {
+                "update-graph": self.update_graph,
+                "client-desires-keys": self.client_desires_keys,
+                "client-releases-keys": self.client_releases_keys,
+                "report-key": self.report_on_key,
+                "heartbeat-client": self.client_heartbeat,
+                "close-client": self.remove_client,
+                "cancel-keys": self.cancel_keys,
+                "subscribe-topic": self.subscribe_topic,
+                "unsubscribe-topic": self.unsubscribe_topic,
+                "log-event": self.log_event,
+            }
+        )
+        scheduler: Any = self
+        self.broker = Broker(dask.config.get("distributed.admin.low-level-log-length"), scheduler)
+        # The base's own periodic work (ticks, profiles) is not started: it tells nothing here.
+        self.periodic_callbacks.clear()
+        self.periodic_callbacks["silent-clients"] = PeriodicCallback(
+            self._remove_silent, LOOK_S * 1000
+        )
+        self.extensions = {
+            "multi_locks": MultiLockExtension(self),
+            "publish": PublishExtension(self),
+            "queues": QueueExtension(self),
+            "variables": VariableExtension(self),
+            "semaphores": SemaphoreExtension(self),
+            "events": EventExtension(self),
+            "values": Values(self),
+            "facts": Facts(self),
+        }
+        self.session = open_session(self._tell)
+
+    # -------------------------------------------------------------- life
+
+    async def start_unsafe(self) -> DaskServer:
+        """Called once, by `start`."""
+        base: Any = super()  # not annotated
+        await base.start_unsafe()
+        base.start_periodic_callbacks()
+        return self
+
+    async def listen_at(self, address: str) -> str:
+        """Serve an address (`inproc://`, `tcp://host:port`, `tls://...`). Returns where it is."""
+        base: Any = super()  # not annotated
+        await base.listen(address, **self.security.get_listen_args("scheduler"))
+        return str(self.listeners[-1].contact_address)
+
+    async def close(self, timeout: float | None = None, reason: str = "") -> None:
+        """End the session, and say goodbye to clients. Idempotent."""
+        if self.status in (Status.closing, Status.closed):
+            await self._event_finished.wait()
+            return
+        self.status = Status.closing
+        for plugin in list(self.plugins.values()):
+            await self.call_plugin(plugin, "close")
+        for outbox in list(self.client_comms.values()):
+            outbox.send({"op": "stream-closed"})
+            await outbox.close()
+        await offload(self.session.close)
+        self.status = Status.closed
+        await super().close(timeout, reason)
+
+    async def terminate(self, reason: str = "asked by a client") -> None:
+        """End the server: what `Client.shutdown` asks for. The answer is sent before."""
+        self.loop.add_callback(self.close, reason=reason)
+
+    # -------------------------------------------------------------- clients
+
+    async def add_client(self, comm: Comm, client: str, versions: dict[str, Any]) -> None:
+        """Serve a client until its stream ends."""
+        comm.name = "Server->Client"
+        answer = check_versions(versions)
+        outbox = Outbox(comm)
+        outbox.send({"op": "stream-start", **answer})
+        if answer["error"]:
+            await outbox.close()
+            return
+        self.client_comms[client] = outbox
+        holder = self.clients[client] = Holder(client, outbox.send)
+        holder.seen_at = time.monotonic()
+        self.log_event(["all", client], {"action": "add-client", "client": client})
+        for plugin in list(self.plugins.values()):
+            await self.call_plugin(plugin, "add_client", scheduler=self, client=client)
+        try:
+            await self.handle_stream(comm, extra={"client": client})
+        finally:
+            self.remove_client(client)
+            await outbox.close()
+            self.client_comms.pop(client, None)
+
+    def remove_client(self, client: str) -> None:
+        """Release what a client holds. Idempotent; also for what stands in for clients."""
+        is_there = client in self.clients
+        super().remove_client(client)
+        if is_there and client in self.client_comms:
+            self.log_event(["all", client], {"action": "remove-client", "client": client})
+            for plugin in list(self.plugins.values()):
+                self.loop.add_callback(
+                    self.call_plugin, plugin, "remove_client", scheduler=self, client=client
+                )
+
+    def client_heartbeat(self, client: str) -> None:
+        """Note that a client lives, and tell it when to say so again."""
+        if (holder := self.clients.get(client)) is not None:
+            holder.seen_at = time.monotonic()
+            interval_s = max(0.2, float(config.get("dask.client-silence-s")) / 6)
+            self.send(client, {"op": "adjust-heartbeat-interval", "interval": interval_s})
+
+    def _remove_silent(self) -> None:
+        silence_s = float(config.get("dask.client-silence-s"))
+        now = time.monotonic()
+        for name, outbox in list(self.client_comms.items()):
+            holder = self.clients.get(name)
+            if holder is not None and now - holder.seen_at > silence_s:
+                logger.warning(
+                    "client %s has been silent for %.0f s: its futures are released",
+                    name,
+                    now - holder.seen_at,
+                )
+                self.remove_client(name)
+                outbox.abort()
+
+    # -------------------------------------------------------------- graphs
+
+    async def update_graph(
+        self,
+        client: str,
+        expr_ser: Any,
+        keys: Collection[Key],
+        annotations: Mapping[str, Any] | None = None,
+        actors: object = None,
+        **_scheduling: object,
+    ) -> None:
+        """Add a graph, or tell the client why that cannot be.
+
+        Args:
+            _scheduling: priorities by task, origin in the user's code: they have no use here.
+        """
+        keys = list(keys)
+        try:
+            if actors:
+                raise NotImplementedError(NO_ACTORS)
+            is_small = size_of_message(expr_ser) < INLINE_BYTES
+            sent = read_graph(expr_ser) if is_small else await offload(read_graph, expr_ser)
+            del expr_ser
+            is_small = is_small and len(sent.dsk) < INLINE_TASKS
+            async with self._extending:
+                piece = cut_known(sent, keys, self.tasks, annotations or {})
+                await self._extend(client, keys, piece, is_small)
+                early, self._early = self._early, []
+            self.learn(early, lambda _: None)
+        except MissingKey as error:
+            reason = {"reason": "lost dependencies", "msg": str(error)}
+            self.send(client, {"op": "cancelled-keys", "keys": keys, **reason})
+        except Exception as error:
+            logger.info("a graph of client %s cannot be run: %s", client, error)
+            failure = as_failure(error)
+            report = {"exception": failure.pickled, "traceback": failure.frames or None}
+            self.send(client, *[{"op": "task-erred", "key": key, **report} for key in keys])
+
+    async def _extend(self, client: str, keys: Sequence[Key], piece: Piece, is_small: bool) -> None:
+        """Add a piece to the session's job and its keys to the table, held by the client."""
+        guard = Holder("the graph that is being added")
+        try:
+            self.hold(piece.known, guard)
+            values: Sequence[int] = ()
+            if piece.keys:
+                known = {key: entry.value for key, entry in piece.known.items()}
+                extend = self.session.extend
+                if is_small:
+                    values = extend(piece.graph, piece.keys, known, options={})
+                else:
+                    values = await offload(extend, piece.graph, piece.keys, known, options={})
+            made: dict[Key, Entry] = dict(piece.known)
+            for key, value in zip(piece.keys, values, strict=True):
+                made[key] = self.futures.add(key, value)
+                self.futures.hold(made[key], guard)
+            for key, upstream in piece.inputs.items():
+                self.futures.link(made[key], [made[k] for k in upstream if k in made])
+            # It may have gone meanwhile; then nobody holds the new keys.
+            if (holder := self.clients.get(client)) is not None:
+                self.hold(keys, holder)
+        finally:
+            self.let_go(list(guard.entries), guard)
+
+    def _tell(self, news: Sequence[Finished]) -> None:
+        """What the session calls, in its own thread."""
+        self.loop.add_callback(self._learn, news)
+
+    def _learn(self, news: Sequence[Finished]) -> None:
+        # While a graph is being added its values may be known here before their keys are.
+        is_adding = self._extending.locked()
+        self.learn(news, self._early.append if is_adding else lambda _: None)
+
+    # -------------------------------------------------------------- events and plugins
+
+    def add_plugin(self, plugin: Any, *, name: str | None = None, **_more: object) -> None:
+        """Show what happens to a scheduler plugin: clients, events, keys that get finished."""
+        self.plugins[name or getattr(plugin, "name", None) or f"plugin-{id(plugin)}"] = plugin
+
+    def remove_plugin(self, name: str) -> None:
+        """Show a plugin nothing more.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if self.plugins.pop(name, None) is None:
+            raise ValueError(f"there is no plugin {name!r}; there are {sorted(self.plugins)}")
+
+    def log_event(self, topic: str | Collection[str], msg: Any, **_origin: object) -> None:
+        """Publish an event to its subscribers, and keep it for a while."""
+        self.broker.publish(topic, msg)
+
+    def subscribe_topic(self, topic: str, client: str) -> None:
+        """Send a topic's events to a client."""
+        self.broker.subscribe(topic, client)
+
+    def unsubscribe_topic(self, topic: str, client: str) -> None:
+        """Send a topic's events no more."""
+        self.broker.unsubscribe(topic, client)
+
+    async def call_plugin(self, plugin: Any, name: str, **arguments: object) -> None:
+        """Call a plugin's hook; what it raises is logged."""
+        try:
+            result = getattr(plugin, name)(**arguments)
+            if asyncio.iscoroutine(result):
+                await result
+        except Exception:
+            logger.exception("the plugin %r failed in %s", plugin, name)

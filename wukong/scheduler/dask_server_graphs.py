@@ -1,0 +1,154 @@
+"""What a client sends to be computed, made ready for the session.
+
+A graph arrives as a pickled expression. Keys that are in the futures' table already are not
+computed again: they are inputs, whatever the graph says of them. What each requested key is
+computed from is noted as far as it is in the table, or requested too: cancelling and retrying
+follow these edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distributed.protocol.serialize import Serialize, Serialized, deserialize
+
+from wukong.scheduler.calls import Key
+from wukong.scheduler.dask_server_futures import Entry
+from wukong.scheduler.graph import dask_nodes
+
+INLINE_BYTES = 32 * 1024
+"""A graph of fewer pickled bytes is read in the loop's thread: handing it over takes longer."""
+
+
+class Graph:
+    """A graph and its annotations, as planning wants them from an expression."""
+
+    def __init__(self, dsk: Mapping[Key, Any], annotations: Mapping[str, Mapping[Key, Any]]):
+        self._dsk = dsk
+        self._annotations = annotations
+
+    def __dask_graph__(self) -> Mapping[Key, Any]:
+        return self._dsk
+
+    def __dask_annotations__(self) -> Mapping[str, Mapping[Key, Any]]:
+        return self._annotations
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A graph as it was sent."""
+
+    dsk: dict[Key, Any]
+    annotations: dict[str, dict[Key, Any]]
+    """Of the expression: name -> key -> value."""
+    reads: dict[Key, frozenset[Key]]
+    """Nodes that read others, with what they read, in the graph or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What the session is asked to add."""
+
+    graph: Graph
+    keys: list[Key]
+    """Requested, and not in the table."""
+    known: dict[Key, Entry]
+    """Entries that the graph reads or requests."""
+    inputs: dict[Key, tuple[Key, ...]]
+    """Requested key -> nearest keys that are entries, or will be; others are left out."""
+
+
+def size_of_message(expr_ser: Any) -> int:
+    """Bytes of a pickled expression."""
+    if isinstance(expr_ser, Serialized):
+        return sum(len(memoryview(frame)) for frame in expr_ser.frames)
+    return 0
+
+
+def read_graph(expr_ser: Any) -> Sent:
+    """Unpickle an expression and make a graph of it.
+
+    Raises:
+        RuntimeError: it cannot be unpickled here.
+    """
+    try:
+        if isinstance(expr_ser, Serialized):
+            expr = deserialize(expr_ser.header, expr_ser.frames)
+        else:
+            expr = expr_ser.data if isinstance(expr_ser, Serialize) else expr_ser
+    except Exception as error:
+        raise RuntimeError(
+            "the graph cannot be read on the server: "
+            f"{type(error).__name__}: {error}; are the same packages installed there?"
+        ) from error
+    dsk = dict(expr.__dask_graph__())
+    annotations = {name: dict(of) for name, of in expr.__dask_annotations__().items()}
+    if not all(hasattr(node, "dependencies") for node in dsk.values()):
+        dsk = dask_nodes(dsk, {})
+    reads = {key: node.dependencies for key, node in dsk.items() if node.dependencies}
+    return Sent(dsk, annotations, reads)
+
+
+def cut_known(
+    sent: Sent,
+    keys: Sequence[Key],
+    entries: Mapping[Key, Entry],
+    common: Mapping[str, Any],
+) -> Piece:
+    """Take what is known out of a graph.
+
+    Args:
+        keys: requested.
+        entries: the table.
+        common: annotations of all tasks; the graph's own win.
+    """
+    known: dict[Key, Entry] = {}
+    if entries:
+        mentioned = dict.fromkeys(sent.dsk)
+        for read in sent.reads.values():
+            mentioned.update(dict.fromkeys(read))
+        mentioned.update(dict.fromkeys(keys))
+        for key in mentioned:
+            entry = entries.get(key)
+            if entry is not None:
+                known[key] = entry
+    annotations: dict[str, Mapping[Key, Any]] = dict(sent.annotations)
+    for name, value in common.items():
+        per_key = {key: value(key) if callable(value) else value for key in sent.dsk}
+        annotations[name] = {**per_key, **annotations.get(name, {})}
+    new_keys = [key for key in dict.fromkeys(keys) if key not in known]
+    return Piece(
+        Graph(sent.dsk, annotations), new_keys, known, _nearest(sent.reads, new_keys, known)
+    )
+
+
+def _nearest(
+    reads: Mapping[Key, frozenset[Key]], keys: Sequence[Key], known: Mapping[Key, Entry]
+) -> dict[Key, tuple[Key, ...]]:
+    """For each key the nearest keys upstream that are known, or in `keys`."""
+    if not reads or (len(keys) == 1 and not known):
+        return {}
+    nothing: frozenset[Key] = frozenset()
+    stops = known.keys() | set(keys)
+    nearest: dict[Key, frozenset[Key]] = {}
+    opened: set[Key] = set()  # so that a cycle, which planning refuses, ends here too
+    stack: list[Key] = list(keys)
+    while stack:
+        key = stack[-1]
+        if key in nearest:
+            stack.pop()
+            continue
+        upstream = reads.get(key, nothing)
+        if key not in opened:
+            opened.add(key)
+            waiting = [k for k in upstream if k in reads and k not in stops and k not in opened]
+            if waiting:
+                stack.extend(waiting)
+                continue
+        nearest[key] = nothing.union(
+            *[(k,) if k in stops else nearest.get(k, nothing) for k in upstream]
+        )
+        stack.pop()
+    return {key: tuple(nearest[key] - {key}) for key in keys if nearest[key]}

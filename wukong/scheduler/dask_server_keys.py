@@ -1,0 +1,241 @@
+"""The part of the server that knows keys: who holds them, who is told of them, when they go.
+
+Its methods have the names under which distributed's extensions (publish, queues, variables) call
+a scheduler's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from distributed.core import Server
+
+from wukong.scheduler.calls import Key
+from wukong.scheduler.dask_server_clients import Outbox
+from wukong.scheduler.dask_server_futures import (
+    DONE,
+    FAILED,
+    FIRE_AND_FORGET,
+    Entry,
+    Finished,
+    Futures,
+    Holder,
+    Work,
+    failed_inputs,
+    with_readers,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 0.02
+"""A retry begins so long after its answer, which the client must see before the new results."""
+
+
+class KeyServer(Server):
+    """A server with a table of keys and a session. All of it is for the loop's thread."""
+
+    session: Work
+    """Set by who opens it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.futures = Futures()
+        self.client_comms: dict[str, Outbox] = {}
+        self.plugins: dict[str, Any] = {}
+        self._unwanted: list[Entry] = []
+        """Entries that nobody holds since the last turn of the loop."""
+        super().__init__(**options)  # type: ignore[no-untyped-call]  # distributed's
+
+    # What distributed's extensions and plugins know a scheduler's parts as.
+
+    @property
+    def tasks(self) -> Mapping[Key, Entry]:
+        """The entries by key."""
+        return self.futures.entries
+
+    @property
+    def clients(self) -> dict[str, Holder]:
+        """Clients and what stands in for them, by name."""
+        return self.futures.holders
+
+    # -------------------------------------------------------------- reports
+
+    def send(self, client: str, *messages: Mapping[str, Any]) -> None:
+        """Send reports to a client, if it is there still."""
+        if (outbox := self.client_comms.get(client)) is not None:
+            outbox.send(*messages)
+
+    def send_all(
+        self,
+        client_msgs: Mapping[str, Sequence[Mapping[str, Any]]],
+        worker_msgs: Mapping[str, object],
+    ) -> None:
+        """What distributed's broker calls."""
+        for client, messages in client_msgs.items():
+            self.send(client, *messages)
+
+    def report(self, message: Mapping[str, Any]) -> None:
+        """Send a report to all clients."""
+        for outbox in self.client_comms.values():
+            outbox.send(message)
+
+    def report_on_key(self, key: Key, client: str) -> None:
+        """Report on a key to a client that asks."""
+        entry = self.tasks.get(key)
+        report = {"op": "cancelled-keys", "keys": [key]} if entry is None else entry.report()
+        if report is not None:
+            self.send(client, report)
+
+    def learn(self, news: Iterable[Finished], on_unknown: Callable[[Finished], None]) -> None:
+        """Report values that have been recorded.
+
+        Args:
+            on_unknown: called with values that are not in the table.
+        """
+        reports: dict[Holder, list[Mapping[str, Any]]] = {}
+        finished: list[Entry] = []
+        for one in news:
+            entries = self.futures.finish(one)
+            if not entries:
+                on_unknown(one)
+            finished += entries
+            for entry in entries:
+                report = entry.report()
+                for holder in entry.holders:
+                    if report is not None and holder.send is not None:
+                        reports.setdefault(holder, []).append(report)
+        for holder, messages in reports.items():
+            if holder.send is not None:
+                holder.send(*messages)
+        if self.plugins:
+            for entry in finished:
+                exception = {"exception": entry.exception} if entry.state == FAILED else {}
+                self.show_transition(entry.key, entry.state, exception)
+        nobody = self.clients.get(FIRE_AND_FORGET)
+        if nobody is not None:
+            self.let_go([entry for entry in finished if nobody in entry.holders], nobody)
+
+    def show_transition(self, key: Key, state: str, facts: Mapping[str, object]) -> None:
+        """Tell plugins that a key has got another state."""
+        for plugin in list(self.plugins.values()):
+            try:
+                plugin.transition(key, "processing", state, stimulus_id="wukong", **facts)
+            except Exception:
+                logger.exception("the plugin %r failed", plugin)
+
+    # -------------------------------------------------------------- holding and letting go
+
+    def client_desires_keys(self, keys: Iterable[Key], client: str) -> None:
+        """Let a client hold keys, and report those that are finished."""
+        holder = self.clients.get(client)
+        if holder is None:  # a dataset, a queue, a variable
+            holder = self.clients[client] = Holder(client)
+        self.hold(keys, holder)
+
+    def hold(self, keys: Iterable[Key], holder: Holder) -> None:
+        """As `client_desires_keys`."""
+        reports: list[Mapping[str, Any]] = []
+        for key in keys:
+            entry = self.tasks.get(key)
+            if entry is None:
+                logger.info("%s wants %r, which is not known", holder.name, key)
+                continue
+            self.futures.hold(entry, holder)
+            if holder.send is not None and (report := entry.report()) is not None:
+                reports.append(report)
+        if reports and holder.send is not None:
+            holder.send(*reports)
+        if holder.name == FIRE_AND_FORGET:
+            self.let_go([e for e in holder.entries if e.state in (DONE, FAILED)], holder)
+
+    def client_releases_keys(self, keys: Iterable[Key], client: str) -> None:
+        """Let a client hold keys no more."""
+        holder = self.clients.get(client)
+        if holder is not None:
+            there = [self.tasks.get(key) for key in keys]
+            self.let_go([entry for entry in there if entry is not None], holder)
+
+    def remove_client(self, client: str) -> None:
+        """Release what a client holds. Idempotent; also for what stands in for clients."""
+        holder = self.clients.pop(client, None)
+        if holder is not None:
+            self.let_go(list(holder.entries), holder)
+
+    def let_go(self, entries: Iterable[Entry], holder: Holder) -> None:
+        """Let somebody hold entries no more; in the loop's next turn they go if nobody does."""
+        unwanted = [entry for entry in entries if self.futures.let_go(entry, holder)]
+        if unwanted:
+            if not self._unwanted:
+                self.loop.add_callback(self._give_back)
+            self._unwanted += unwanted
+
+    def _give_back(self) -> None:
+        """Give values back that nobody holds."""
+        unwanted, self._unwanted = self._unwanted, []
+        # Somebody may have taken it again meanwhile, or it may be twice in the list.
+        entries = [
+            entry
+            for entry in dict.fromkeys(unwanted)
+            if not entry.holders and self.tasks.get(entry.key) is entry
+        ]
+        self._forget(entries)
+
+    def _forget(self, entries: Sequence[Entry]) -> None:
+        """Take entries out of the table; work that nobody waits for is taken back."""
+        release: list[int] = []
+        cancel: list[int] = []
+        gone = set(entries)
+        for entry in entries:
+            readers = [r for r in entry.readers or () if r not in gone]
+            is_read = any(reader.state not in (DONE, FAILED) for reader in readers)
+            is_over = entry.state in (DONE, FAILED)
+            (release if is_over or is_read else cancel).append(entry.value)
+        for entry in entries:
+            self.futures.forget(entry)
+        if release:
+            self.session.release(release)
+        if cancel:
+            self.session.cancel(cancel)
+
+    def cancel_keys(
+        self,
+        keys: Collection[Key],
+        client: str,
+        force: bool = False,
+        reason: str | None = None,
+        msg: str | None = None,
+    ) -> None:
+        """Take back the work of keys, and of all that is computed from them."""
+        holder = self.clients.get(client)
+        if holder is None:
+            return
+        there = [self.tasks[key] for key in keys if key in self.tasks]
+        cancelled: list[Entry] = []
+        for entry in with_readers(there):
+            if force or not set(entry.holders) - {holder}:
+                cancelled.append(entry)
+            else:
+                self.futures.let_go(entry, holder)
+        if not cancelled:
+            return
+        names = [entry.key for entry in cancelled]
+        self._forget(cancelled)
+        self.report({"op": "cancelled-keys", "keys": names, "reason": reason, "msg": msg})
+        if self.plugins:
+            for name in names:
+                self.show_transition(name, "forgotten", {})
+
+    def retry(self, keys: Iterable[Key], client: str | None = None) -> list[Key]:
+        """Run what ended in errors again. Returns: the keys of the client's that will be."""
+        again = failed_inputs([self.tasks[key] for key in keys if key in self.tasks])
+        for entry in again:
+            self.futures.restart(entry)
+            for holder in entry.holders:
+                if holder.send is not None and holder.name != client:
+                    holder.send({"op": "task-retried", "key": entry.key})
+        values = [entry.value for entry in again]
+        if values:
+            self.loop.call_later(RETRY_AFTER_S, self.session.retry, values)
+        mine = self.clients.get(client or "")
+        return [entry.key for entry in again if mine is None or mine in entry.holders]
