@@ -137,13 +137,8 @@ OWNED = {
     "rich": ("wukong.cli",),
     "yaml": ("wukong", "wukong.config"),
 }
-# Files that exist for a package of an extra, and that others import only inside functions: they
-# import it, and what comes with it, as any file does.
-WHOLE = {
-    "distributed": ("wukong.scheduler.dask_server*",),
-    "packaging": ("wukong.scheduler.dask_server*",),
-    "tornado": ("wukong.scheduler.dask_server*",),
-}
+# Files that exist for an extra, and that others import in functions only: they import it anyhow.
+WHOLE = {"wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"}}
 # Packages of the extras: imported only inside functions of the files that own them.
 OPTIONAL = {
     "IPython": ("wukong.report*",),
@@ -357,7 +352,7 @@ def test_third_party_packages_are_imported_by_their_owners() -> None:
             where = f"{name_of(path)}:{line}: {target}"
             if top == "wukong" or top in sys.stdlib_module_names or top in COMMON_PACKAGES:
                 continue
-            if top in WHOLE and matches(module, WHOLE[top]):
+            if any(top in owned and fnmatchcase(module, files) for files, owned in WHOLE.items()):
                 continue
             if top in OWNED:
                 if not matches(module, OWNED[top]):
