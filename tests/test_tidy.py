@@ -23,6 +23,7 @@ MAX_FUNCTION_LINES = 60
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
+    ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices", "wukong.aws.pace"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
     ("wukong.executor.events", "wukong.scheduler.fused", "wukong.scheduler.plan"),
     ("wukong.scheduler.graph", "wukong.storage.rows"),
@@ -82,6 +83,8 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 
 PURE = {
+    "wukong.aws.limits",
+    "wukong.aws.platform",
     "wukong.errors",
     "wukong.executor.core",
     "wukong.executor.events",
@@ -131,7 +134,7 @@ COMMON_PACKAGES = {"numpy", "dask"}
 DASK_INTERNALS = ("dask._*", "dask.core", "dask.order", "dask.optimization", "dask.highlevelgraph")
 # Other core dependencies: the patterns of the files that own them, at module level or in functions.
 OWNED = {
-    "click": ("wukong.cli",),
+    "click": ("wukong.cli", "wukong.*.commands"),
     "cloudpickle": ("wukong.executor.serialize*",),
     "lmdb": ("wukong.storage.local*",),
     "rich": ("wukong.cli",),
@@ -143,6 +146,7 @@ WHOLE = {"wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"
 OPTIONAL = {
     "IPython": ("wukong.report*",),
     "aiobotocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
+    "aiohttp": ("wukong.aws.lambda_*",),
     "boto3": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "botocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "dask_ml": ("wukong.workloads",),
