@@ -39,6 +39,7 @@ EXTRAS = {
     "client": ("distributed",),
     "redis": ("redis",),
     "aws": ("boto3", "aiobotocore"),
+    "lambda": ("aiohttp", "awslambdaric"),
     "rdma": ("pyverbs",),
     "bench": ("distributed", "matplotlib", "psutil", "scikit-learn", "dask-ml", "pandas"),
     "test": ("pytest", "hypothesis", "mypy", "ruff", "psutil", "xarray"),

@@ -60,7 +60,7 @@ class Environment:
         name: of the environment, for its log and its folder.
         variables, root, directory: see `LocalFunction.variables`; the folder of the service.
         on_outcome: called with the invocation and what came of it.
-        on_waiting: called when the process waits for an invocation: it is started, or has ended one.
+        on_waiting: called when the process waits for its next invocation.
         on_exit: called once when the process is gone.
     """
 

@@ -48,7 +48,7 @@ class LocalFunction:
     environment: Mapping[str, str] = field(default_factory=dict)
     memory_mb: int = MEMORY_PER_CORE_MB
     timeout_s: float = float(TIMEOUT_MAX_S)
-    scaling: Scaling = Scaling()
+    scaling: Scaling = field(default_factory=Scaling)
     on_failure: str | None = None
     """Another function of the service, which gets the events that were given up."""
 

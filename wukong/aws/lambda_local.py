@@ -43,16 +43,17 @@ class LocalLambda:
         )
         self._loop = asyncio.new_event_loop()
         self._is_up = threading.Event()
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
+        """Why it has not come up."""
         self._grace_s = GRACE_S
         self._end: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name="wukong-lambda", daemon=True)
         self._thread.start()
         if not self._is_up.wait(START_S):
             raise WukongError("the local Lambda service has not come up")
-        if self._failure is not None:
+        for failure in self._failures:
             self._thread.join()
-            raise self._failure
+            raise failure
 
     def _run(self) -> None:
         try:
@@ -66,7 +67,7 @@ class LocalLambda:
         try:
             await self._service.start()
         except BaseException as error:  # whatever it is, it is the caller's to see
-            self._failure = error
+            self._failures.append(error)
             return
         self._is_up.set()
         await self._end.wait()

@@ -238,7 +238,7 @@ class LambdaService:
         )
         reply = None if request.is_event else asyncio.get_running_loop().create_future()
         self._submit(request, payload, reply)
-        headers = {"x-amzn-RequestId": request.id}
+        headers: dict[str, str] = {"x-amzn-RequestId": request.id}
         if reply is None:
             return web.Response(status=202, headers=headers)
         outcome = await reply
@@ -312,15 +312,15 @@ class LambdaService:
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case StartEnvironment(id, request):
-                    self._start(id, self._pending[request.id])
-                case Deliver(id, request):
-                    held = self._held[id]
+                case StartEnvironment(environment, request):
+                    self._start(environment, self._pending[request.id])
+                case Deliver(environment, request):
+                    held = self._held[environment]
                     held.pending = self._pending[request.id]
                     self.counters.invocations += 1
                     held.environment.deliver(_to_invocation(held.pending))
-                case EndEnvironment(id):
-                    self._held[id].environment.kill("recycled")
+                case EndEnvironment(environment):
+                    self._held[environment].environment.kill("recycled")
                 case Refuse(request, reason):
                     self._pending.pop(request.id).refusal = reason
                     if request.is_event:

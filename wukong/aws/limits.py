@@ -9,7 +9,7 @@ Sources, all under docs.aws.amazon.com/lambda/latest/dg:
 - invocation-async-error-handling: two retries, one and two minutes after the failures; an event is
   kept for at most six hours.
 - lambda-runtime-environment: 10 seconds for the init phase.
-- invocation-recursion: a chain of 16 invocations is taken for a loop, unless the function allows it.
+- invocation-recursion: a chain of 16 invocations counts as a loop, unless the function allows it.
 """
 
 from __future__ import annotations
