@@ -58,6 +58,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.local*",
         "wukong.storage.redis*",
         "wukong.storage.s3*",
+        "wukong.storage.tiered",
     ),
     ("wukong.storage",),
     ("wukong.executor.core",),
@@ -146,7 +147,7 @@ WHOLE = {"wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"
 OPTIONAL = {
     "IPython": ("wukong.report*",),
     "aiobotocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
-    "aiohttp": ("wukong.aws.lambda_*",),
+    "aiohttp": ("wukong.aws.lambda_*", "wukong.storage.s3*"),
     "boto3": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "botocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "dask_ml": ("wukong.workloads",),
