@@ -41,7 +41,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
     ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices", "wukong.aws.pace"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
-    ("wukong.executor.events", "wukong.scheduler.fused", "wukong.scheduler.plan"),
+    (
+        "wukong.executor.events",
+        "wukong.executor.scene",
+        "wukong.scheduler.fused",
+        "wukong.scheduler.plan",
+    ),
     ("wukong.scheduler.graph", "wukong.storage.rows"),
     (
         "wukong.storage.contract",

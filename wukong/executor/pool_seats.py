@@ -24,6 +24,10 @@ FAILED = 70
 """Exit status of an executor that ended by a defect or for lack of its store (`EX_SOFTWARE`)."""
 
 
+DEPUTY_LOOKS_S = 0.2
+"""A deputy that idles looks this often whether the task whose place it has goes on."""
+
+
 class Runner(Protocol):
     """What a pool needs of an executor; see `wukong.executor.run.Executor`."""
 
@@ -101,6 +105,15 @@ class Doorbell:
         """Block until rung."""
         os.read(self._wait_fd, 1)
 
+    def wait_for(self, timeout_s: float) -> bool:
+        """Block until rung, or for so long. Returns: it was rung."""
+        poll = select.poll()
+        poll.register(self._wait_fd, select.POLLIN)
+        if not poll.poll(milliseconds(timeout_s)):
+            return False
+        os.read(self._wait_fd, 1)
+        return True
+
     def n_idle(self) -> int:
         """Executors that wait, or are just waking up."""
         return self._board[: self._n_seats].count(1)
@@ -125,6 +138,8 @@ class ProcessSeat:
         number: its seat on the doorbell's board.
         tell: tells the client "ready", once, when it is about to look for its first token; or that
             it is "stuck".
+        new_executor: makes one more executor of the same holder, for a thread that runs tokens
+            while a task waits; None: this seat cannot be lent.
     """
 
     def __init__(
@@ -134,17 +149,27 @@ class ProcessSeat:
         doorbell: Doorbell,
         lifeline_fd: int,
         tell: Callable[[str], None],
+        new_executor: Callable[[ProcessSeat], Runner] | None = None,
     ) -> None:
         self.holder = holder
+        self.new_executor = new_executor
         self._number = number
         self._doorbell = doorbell
         self._lifeline_fd = lifeline_fd
         self._tell = tell
         self._lock = threading.Lock()
-        """Guards the four flags below."""
+        """Guards what follows."""
         self._is_busy = True
         self._is_ending = False
         self._heart_rests = False
+        self._executors: list[Runner] = []
+        """The process's own, and those of threads that have its place meanwhile."""
+        self._n_waiting = 0
+        """Threads that wait to be woken."""
+        self._n_lent = 0
+        """Tasks of this process that wait."""
+        self._n_deputies = 0
+        """Threads that run tokens in their place."""
         self._kick_fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def invoke(self, invocations: Sequence[Invocation]) -> None:
@@ -161,7 +186,8 @@ class ProcessSeat:
 
     def serve(self, executor: Runner, n_queued: Callable[[], int]) -> None:
         """Run tokens until the client is gone or closes the pool."""
-        heart = threading.Thread(target=self._beat, args=(executor,), daemon=True)
+        self._executors.append(executor)
+        heart = threading.Thread(target=self._beat, daemon=True)
         heart.start()
         self._tell("ready")
         run_until_drained(executor, self, n_queued)
@@ -173,10 +199,10 @@ class ProcessSeat:
             if self._is_ending:
                 return False
             self._is_busy = False
-        self._doorbell.show(self._number, True)
+        self._count_waiting(1)
         if not is_queued():
             self._doorbell.wait()
-        self._doorbell.show(self._number, False)
+        self._count_waiting(-1)
         # Until this lock is passed the heart may end the process: nothing has been taken yet.
         with self._lock:
             self._is_busy = True
@@ -185,11 +211,60 @@ class ProcessSeat:
             os.eventfd_write(self._kick_fd, 1)
         return True
 
+    def _count_waiting(self, n: int) -> None:
+        """Show this seat idle while any thread of it waits."""
+        with self._lock:
+            self._n_waiting += n
+            self._doorbell.show(self._number, self._n_waiting > 0)
+
     def report_stuck(self) -> None:
         """Have the client kill this executor, and another one started."""
         self._tell("stuck")
 
-    def _beat(self, executor: Runner) -> None:
+    def lend(self, holder: HolderId) -> None:
+        """Let a thread of this process run tokens while a task waits; see `Lender`."""
+        with self._lock:
+            self._n_lent += 1
+            if self.new_executor is None or self._n_deputies >= self._n_lent or self._is_ending:
+                return
+            self._n_deputies += 1
+        threading.Thread(target=self._deputise, daemon=True).start()
+
+    def take_back(self) -> None:
+        """A task goes on; see `Lender`. Its deputy ends when its token is spent."""
+        with self._lock:
+            self._n_lent -= 1
+
+    def _deputise(self) -> None:
+        assert self.new_executor is not None
+        executor = self.new_executor(self)
+        self._executors.append(executor)
+        try:
+            while True:
+                if not executor.take() and not self._rest_as_deputy():
+                    return
+        except BaseException:
+            traceback.print_exc()
+            os._exit(FAILED)  # what it held is queued again, as if the process had died
+        finally:
+            self._executors.remove(executor)
+
+    def _rest_as_deputy(self) -> bool:
+        """Wait to be woken in the place of a task that waits. False: it goes on."""
+        with self._lock:
+            if self._n_deputies > self._n_lent or self._is_ending:
+                self._n_deputies -= 1
+                return False
+        self._count_waiting(1)
+        is_rung = self._doorbell.wait_for(DEPUTY_LOOKS_S)
+        self._count_waiting(-1)
+        with self._lock:
+            is_over = self._n_deputies > self._n_lent
+        if is_rung and is_over:
+            self._doorbell.ring(1)  # somebody else's turn
+        return True
+
+    def _beat(self) -> None:
         """The heartbeat thread: sleeps while the executor idles, and watches the lifeline."""
         try:
             poll = select.poll()
@@ -200,9 +275,9 @@ class ProcessSeat:
                 fds = {fd for fd, _ in poll.poll(milliseconds(timeout_s))}
                 if self._lifeline_fd in fds:
                     poll.unregister(self._lifeline_fd)
-                    self._end(executor)
+                    self._end()
                 with self._lock:
-                    self._heart_rests = not self._is_busy
+                    self._heart_rests = not self._is_busy and len(self._executors) == 1
                     if self._heart_rests:
                         release_memory()
                     timeout_s = None if self._heart_rests else SPLIT_AFTER_S
@@ -211,19 +286,20 @@ class ProcessSeat:
                     os.eventfd_read(self._kick_fd)
                 elif timeout_s is not None:
                     # A run may begin at any moment and wants to be looked at after that time.
-                    timeout_s = min(timeout_s, executor.beat())
+                    timeout_s = min(timeout_s, *[e.beat() for e in list(self._executors)])
         except BaseException:
             # Without a heart the token would be taken for dead while it runs on.
             traceback.print_exc()
             os._exit(FAILED)
 
-    def _end(self, executor: Runner) -> None:
+    def _end(self) -> None:
         with self._lock:
             if not self._is_busy:
                 flush_output()
                 os._exit(0)
             self._is_ending = True
-        executor.drain()
+        for executor in list(self._executors):
+            executor.drain()
 
 
 def flush_output() -> None:

@@ -120,6 +120,13 @@ class ThreadPool:
     def ready(self, timeout_s: float) -> None:
         """Threads are ready at once."""
 
+    def lend(self, holder: HolderId) -> None:
+        """Let a fresh thread take the place of one whose task waits; see `Lender`."""
+        self.abandon(holder)
+
+    def take_back(self) -> None:
+        """The old thread ends after its task by itself; see `Lender`."""
+
     def abandon(self, holder: HolderId) -> None:
         """Let a fresh thread take the place of one that is stuck in a task. Idempotent.
 

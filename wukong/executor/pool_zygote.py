@@ -84,7 +84,12 @@ class Settings:
 def run_executor(seat: ProcessSeat, settings: Settings) -> None:
     """What the processes of a pool do: run the store's tokens."""
     store = open_store(settings.store_url, **settings.store_options)  # type: ignore[arg-type]
-    executor = Executor(seat.holder, store, seat, settings.policy, seat.report_stuck)
+
+    def new_executor(seat: ProcessSeat) -> Executor:
+        return Executor(seat.holder, store, seat, settings.policy, seat.report_stuck)
+
+    executor = new_executor(seat)
+    seat.new_executor = new_executor
     seat.serve(executor, store.jobs.n_queued)
     store.jobs.close()
 

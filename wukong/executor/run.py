@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from wukong import trace
@@ -71,6 +72,7 @@ from wukong.executor.messages import (
 )
 from wukong.executor.ops import Op, Running, prepare_ops, reads_of
 from wukong.executor.recorder import Recorder
+from wukong.executor.scene import lender_of
 from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
 from wukong.executor.serialize_programs import ONCE, Program
 from wukong.executor.wire import (
@@ -119,6 +121,7 @@ class Executor:
         self._store = store
         self._jobs = store.jobs
         self._invoker = invoker
+        self._lender = lender_of(invoker)
         self._holder = holder
         self._core = ExecutorCore(holder, policy, new_attempt)
         self._policy = policy
@@ -333,10 +336,8 @@ class Executor:
         self._record.fetched()
         self._running = running
         while True:
-            if program.context is None:
-                error = self._run_ops(iterator, program)
-            else:  # a copy for each run: a context is entered by one thread at a time
-                error = program.context.copy().run(self._run_ops, iterator, program)
+            loop_over_tasks = partial(self._run_ops, iterator, program)
+            error = program.play(loop_over_tasks, self._holder, self._lender)
             with running.gate:  # a split may be under way: wait for what it leaves
                 if error is not None or running.iterator is iterator:
                     self._running = None

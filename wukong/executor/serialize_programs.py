@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from wukong.errors import SerializationError
-from wukong.executor.messages import Part
+from wukong.executor.messages import HolderId, Part
+from wukong.executor.scene import Lender, Scene
 from wukong.executor.serialize import Buffer, Codec, Encoded, is_plain, pickle_value
 
 if TYPE_CHECKING:
     from wukong.scheduler.calls import Call
+
+T = TypeVar("T")
 
 ONCE = -1
 """In place of a number of retries: never to be run again, not even after its executor died."""
@@ -46,6 +50,17 @@ class Program:
     """The first exception ends the job."""
     context: Context | None = None
     """The client's context variables, where tasks run in its own process; never sent."""
+    scene: Scene | None = None
+    """What surrounds the tasks while they run."""
+
+    def play(self, loop_over_tasks: Callable[[], T], holder: HolderId, lender: Lender) -> T:
+        """Call `loop_over_tasks` in the client's context and in the scene."""
+        if self.scene is not None:
+            loop_over_tasks = partial(self.scene.play, loop_over_tasks, holder, lender)
+        # A copy of the context for each run: one is entered by one thread at a time.
+        return (
+            loop_over_tasks() if self.context is None else self.context.copy().run(loop_over_tasks)
+        )
 
 
 def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
@@ -65,7 +80,8 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
     distinct = dict(zip(heads, rows))
     number = {head: n for n, head in enumerate(distinct)}
     payload = (
-        (program.part, program.retries, program.fail_fast),
+        # Unpickled first: what follows may look for what the scene brings.
+        (program.scene, program.part, program.retries, program.fail_fast),
         array("i", [number[head] for head in heads]).tobytes(),
         array("i", [len(row[1]) for row in rows]).tobytes(),
         slots.tobytes(),
@@ -122,7 +138,7 @@ def decode_program(codec: Codec, context: bytes, buffer: Buffer) -> Program:
     Cost: under 1.5 us a task.
     """
     head, *columns, heads, used, values = codec.decode(buffer, context)
-    part, retries, fail_fast = head
+    scene, part, retries, fail_fast = head
     codes, counts, slots = (array("i", column) for column in columns)
     flat = iter(slots)
     named = map(heads.__getitem__, codes)
@@ -136,7 +152,8 @@ def decode_program(codec: Codec, context: bytes, buffer: Buffer) -> Program:
         owners = [i for i, count in enumerate(counts) for _ in range(count)]
         _nest(calls, {owner for owner, slot in zip(owners, slots) if slot <= _NESTED})
         del calls[len(part.tasks) :]
-    return Program(part, calls, dict(zip(array("i", used), values)), retries, fail_fast)
+    literals = dict(zip(array("i", used), values))
+    return Program(part, calls, literals, retries, fail_fast, scene=scene)
 
 
 def _nest(calls: list[Call], owners: set[int]) -> None:

@@ -38,8 +38,8 @@ class DaskCluster:
     asynchronous = False
     _is_closed = False
 
-    def __init__(self, protocol: str = "tcp://") -> None:
-        self._protocol = protocol
+    def __init__(self, are_threads: bool = False) -> None:
+        self._are_threads = are_threads
         self._host: ServerHost | None = None
         self._host_lock = threading.Lock()
 
@@ -81,12 +81,12 @@ class DaskCluster:
                 f"a server for Dask clients needs {error.name}: pip install wukong[client]"
             ) from error
         if address is None:
-            address = "inproc://" if self._protocol == "inproc://" else "tcp://127.0.0.1:0"
-            if security is not None and address.startswith("tcp://"):
-                address = "tls://127.0.0.1:0"
+            protocol = "tcp" if security is None else "tls"
+            address = "inproc://" if self._are_threads else f"{protocol}://127.0.0.1:0"
         return ServerHost(
             self._open_session,
             n_executors=self.n_workers,
+            are_threads=self._are_threads,
             address=address,
             security=security,
         )

@@ -15,6 +15,8 @@ gives as workers' are its own. Built on distributed's own server, comms and seri
     dask_server_clients    one client's end: its reports, its versions
     dask_server_values     gather, scatter
     dask_server_facts      calls that only ask
+    dask_server_executors  calls to executors
+    dask_server_tasks      what tasks find around them, in executors
     dask_server_host       starts and ends the server for a cluster
 """
 
@@ -44,6 +46,7 @@ from wukong import config
 from wukong.errors import MissingKey
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_clients import Outbox, check_versions
+from wukong.scheduler.dask_server_executors import Executors
 from wukong.scheduler.dask_server_facts import Facts
 from wukong.scheduler.dask_server_futures import Entry, Finished, Holder, Work, as_failure
 from wukong.scheduler.dask_server_graphs import (
@@ -75,6 +78,7 @@ class DaskServer(KeyServer):
     Args:
         open_session: makes the session; it gets the function that takes news, from any thread.
         n_executors: as many workers are shown to clients.
+        are_threads: executors are threads of this process.
         security: TLS for `tls://` addresses.
     """
 
@@ -85,6 +89,7 @@ class DaskServer(KeyServer):
         open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
         *,
         n_executors: int,
+        are_threads: bool,
         security: Security | None = None,
     ) -> None:
         self.security = security or Security()
@@ -105,7 +110,12 @@ class DaskServer(KeyServer):
             needs_workdir=False,
         )
         self.handlers.update(
-            {"register-client": self.add_client, "retry": self.retry, "terminate": self.terminate}
+            {
+                "register-client": self.add_client,
+                "retry": self.retry,
+                "restart": self.restart,
+                "terminate": self.terminate,
+            }
         )
         self.stream_handlers.update(
             {
@@ -138,6 +148,7 @@ class DaskServer(KeyServer):
             "values": Values(self),
             "facts": Facts(self),
         }
+        self.executors = Executors(self, are_threads)
         self.session = open_session(self._tell)
 
     # -------------------------------------------------------------- life
@@ -173,6 +184,13 @@ class DaskServer(KeyServer):
     async def terminate(self, reason: str = "asked by a client") -> None:
         """End the server: what `Client.shutdown` asks for. The answer is sent before."""
         self.loop.add_callback(self.close, reason=reason)
+
+    async def restart(self, **_how: object) -> None:
+        """Forget all keys and take their work back: what `Client.restart` asks for."""
+        self.forget(list(self.tasks.values()))
+        self.report({"op": "restart"})
+        for plugin in list(self.plugins.values()):
+            await self.call_plugin(plugin, "restart", scheduler=self)
 
     # -------------------------------------------------------------- clients
 
@@ -276,11 +294,12 @@ class DaskServer(KeyServer):
             values: Sequence[int] = ()
             if piece.keys:
                 known = {key: entry.value for key, entry in piece.known.items()}
-                extend = self.session.extend
+                options = {"scene": self.executors.scene()}
+                arguments = (piece.graph, piece.keys, known)
                 if is_small:
-                    values = extend(piece.graph, piece.keys, known, options={})
+                    values = self.session.extend(*arguments, options=options)
                 else:
-                    values = await offload(extend, piece.graph, piece.keys, known, options={})
+                    values = await offload(self.session.extend, *arguments, options=options)
             made: dict[Key, Entry] = dict(piece.known)
             for key, value in zip(piece.keys, values, strict=True):
                 made[key] = self.futures.add(key, value)

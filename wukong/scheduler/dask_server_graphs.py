@@ -16,6 +16,7 @@ from distributed.protocol.serialize import Serialize, Serialized, deserialize
 
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_futures import Entry
+from wukong.scheduler.dask_server_tasks import CoroutineCall
 from wukong.scheduler.graph import dask_nodes
 
 INLINE_BYTES = 32 * 1024
@@ -87,6 +88,9 @@ def read_graph(expr_ser: Any) -> Sent:
     annotations = {name: dict(of) for name, of in expr.__dask_annotations__().items()}
     if not all(hasattr(node, "dependencies") for node in dsk.values()):
         dsk = dask_nodes(dsk, {})
+    for node in dsk.values():
+        if node.is_coro:  # executors call functions; this one does in the loop of their worker
+            node.func = CoroutineCall(node.func)
     reads = {key: node.dependencies for key, node in dsk.items() if node.dependencies}
     return Sent(dsk, annotations, reads)
 

@@ -28,6 +28,7 @@ class ServerHost:
     Args:
         open_session: see `DaskServer`.
         n_executors: as many workers are shown.
+        are_threads: executors are threads of this process.
         address: where to listen: `inproc://`, `tcp://host:port`, `tls://host:port`; port 0: any.
         security: for `tls://`.
     Raises:
@@ -40,6 +41,7 @@ class ServerHost:
         open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
         *,
         n_executors: int,
+        are_threads: bool,
         address: str,
         security: Security | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class ServerHost:
         self.loop = self._runner.loop
         try:
             self.server: DaskServer = sync(
-                self.loop, self._start, open_session, n_executors, address
+                self.loop, self._start, open_session, n_executors, are_threads, address
             )
         except BaseException:
             self._runner.stop()
@@ -71,9 +73,15 @@ class ServerHost:
         self,
         open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
         n_executors: int,
+        are_threads: bool,
         address: str,
     ) -> DaskServer:
-        server = DaskServer(open_session, n_executors=n_executors, security=self.security)
+        server = DaskServer(
+            open_session,
+            n_executors=n_executors,
+            are_threads=are_threads,
+            security=self.security,
+        )
         try:
             await server.listen_at(address)
             protocol, _, place = server.address.partition("://")

@@ -179,9 +179,9 @@ class KeyServer(Server):
             for entry in dict.fromkeys(unwanted)
             if not entry.holders and self.tasks.get(entry.key) is entry
         ]
-        self._forget(entries)
+        self.forget(entries)
 
-    def _forget(self, entries: Sequence[Entry]) -> None:
+    def forget(self, entries: Sequence[Entry]) -> None:
         """Take entries out of the table; work that nobody waits for is taken back."""
         release: list[int] = []
         cancel: list[int] = []
@@ -220,7 +220,7 @@ class KeyServer(Server):
         if not cancelled:
             return
         names = [entry.key for entry in cancelled]
-        self._forget(cancelled)
+        self.forget(cancelled)
         self.report({"op": "cancelled-keys", "keys": names, "reason": reason, "msg": msg})
         if self.plugins:
             for name in names:
