@@ -306,6 +306,7 @@ class Home:
         self._runner.start()
         self._loop = self._runner.loop
         self._is_welcome = threading.Event()
+        self._loop_thread = 0
         self._address = ""
         self._comm: Any = None
         self._n_plugins = 0
@@ -327,6 +328,7 @@ class Home:
         arguments = self._security.get_connection_args("worker")
         rpc = ConnectionPool(connection_args=arguments, timeout=WELCOME_S)
         await rpc.start()
+        self._loop_thread = threading.get_ident()
         return rpc
 
     def _own_address(self) -> str:
@@ -352,7 +354,6 @@ class Home:
 
     async def _serve(self) -> None:
         """Answer the server until it is gone."""
-        self._loop_thread = threading.get_ident()
         try:
             arguments = self._security.get_connection_args("worker")
             comm = await connect(self._server, timeout=WELCOME_S, **arguments)
