@@ -178,6 +178,7 @@ class DaskServer(KeyServer):
             outbox.send({"op": "stream-closed"})
             await outbox.close()
         await offload(self.session.close)
+        self.executors.scratch.remove()
         self.status = Status.closed
         await super().close(timeout, reason)
 

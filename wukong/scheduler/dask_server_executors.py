@@ -19,7 +19,7 @@ from distributed.comm import Comm, CommClosedError
 from distributed.core import error_message
 from distributed.protocol import pickle
 
-from wukong.scheduler.dask_server_tasks import TaskScene, TaskWorker, greet
+from wukong.scheduler.dask_server_tasks import Scratch, TaskScene, TaskWorker, greet
 
 if TYPE_CHECKING:
     from wukong.scheduler.dask_server import DaskServer
@@ -49,6 +49,7 @@ class Executors:
         self._n_plugins = 0
         """Plugins that have been registered or taken away."""
         self._local: dict[str, TaskWorker] = {}
+        self.scratch = Scratch()
         server.handlers.update(
             {
                 "register-executor": self.add_executor,
@@ -90,6 +91,7 @@ class Executors:
             server.security,
             lambda topic, msg: server.loop.add_callback(server.log_event, topic, msg),
             lambda: address,
+            self.scratch,
         )
 
     # -------------------------------------------------------------- executors come and go

@@ -16,6 +16,9 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -131,6 +134,31 @@ class _Place:
             event.set()
 
 
+class Scratch:
+    """A directory for files that clients upload, from which tasks can import; made when needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path = ""
+
+    def path(self) -> str:
+        """Where it is."""
+        with self._lock:
+            if not self._path:
+                self._path = tempfile.mkdtemp(prefix="wukong-uploads-")
+                sys.path.insert(0, self._path)
+            return self._path
+
+    def remove(self) -> None:
+        """Remove it, with all that is in it."""
+        with self._lock:
+            path, self._path = self._path, ""
+        if path:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(ValueError):
+                sys.path.remove(path)
+
+
 class TaskWorker:
     """What `get_worker()` gives inside a task. It is false, so that clients do not look into it.
 
@@ -149,6 +177,7 @@ class TaskWorker:
         security: Security,
         log: Callable[[str, Any], None],
         address: Callable[[], str],
+        scratch: Scratch,
     ) -> None:
         self.name = name
         self.id = name
@@ -161,7 +190,7 @@ class TaskWorker:
         self.plugins: dict[str, Any] = {}
         self.extensions: dict[str, Any] = {}
         self.resources: dict[str, float] = {}
-        self.local_directory = os.getcwd()
+        self._scratch = scratch
         self._log = log
         self._address = address
         self._client: Client | None = None
@@ -178,6 +207,11 @@ class TaskWorker:
         return self._address()
 
     contact_address = worker_address = address
+
+    @property
+    def local_directory(self) -> str:
+        """Where uploaded files are."""
+        return self._scratch.path()
 
     def log_event(self, topic: Any, msg: Any) -> None:
         """Publish an event to the clients that have subscribed to its topic."""
@@ -307,6 +341,7 @@ class Home:
         self._loop = self._runner.loop
         self._is_welcome = threading.Event()
         self._loop_thread = 0
+        self._scratch = Scratch()
         self._address = ""
         self._comm: Any = None
         self._n_plugins = 0
@@ -321,6 +356,7 @@ class Home:
             self._security,
             self._log,
             self._own_address,
+            self._scratch,
         )
         self._loop.add_callback(self._serve)
 
@@ -377,6 +413,7 @@ class Home:
             pass
         finally:
             self.is_lost = True
+            self._scratch.remove()
             self._is_welcome.set()
             with self._has_plugins:
                 self._has_plugins.notify_all()
