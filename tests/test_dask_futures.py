@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import add, neg
 
 import pytest
@@ -20,17 +20,16 @@ from wukong.scheduler.dask_server_futures import (
     Holder,
     as_failure,
     failed_inputs,
-    pickled_name,
     with_readers,
 )
 from wukong.scheduler.dask_server_graphs import cut_known, read_graph
 
 
 @dataclass
-class News:
-    value: int
+class Told:
+    values: list[int]
+    errors: dict[int, object] = field(default_factory=dict)
     size_bytes: int = 8
-    error: object = None
 
 
 def graph(**tasks: Task) -> LLGExpr:
@@ -53,14 +52,15 @@ def test_an_entry_lives_while_somebody_holds_it() -> None:
 def test_news_reach_every_name_of_a_value() -> None:
     futures = Futures()
     x, y = futures.add("x", 7), futures.add("y", 7)
-    assert list(futures.finish(News(7))) == [x, y]
+    unknown: list[int] = []
+    assert futures.finish(Told([7, 9]), unknown) == [x, y]
+    assert unknown == [9]
     assert (x.state, y.state) == (DONE, DONE)
     late = futures.add("z", 7)
     assert late.state == DONE
     futures.forget(x)
     futures.forget(x)
-    assert list(futures.finish(News(7))) == [y, late]
-    assert not futures.finish(News(8))
+    assert futures.finish(Told([7]), unknown) == [y, late]
 
 
 def test_readers_come_before_what_they_read_when_it_is_cancelled() -> None:
@@ -77,8 +77,8 @@ def test_a_retry_takes_the_failed_inputs_along() -> None:
     futures = Futures()
     x, y, z = futures.add("x", 1), futures.add("y", 2), futures.add("z", 3)
     futures.link(y, [x, z])
-    for entry in (x, y):
-        futures.finish(News(entry.value, error=ValueError("no")))
+    error = ValueError("no")
+    futures.finish(Told([1, 2], {1: error, 2: error}), [])
     assert failed_inputs([y]) == [y, x]
     assert (x.state, z.state) == (FAILED, "processing")
 
@@ -101,10 +101,6 @@ def test_an_error_that_cannot_be_pickled_is_told_by_type_and_text() -> None:
         error = pickle.loads(as_failure(kind("what happened")).pickled)
         assert "what happened" in str(error)
         assert type(error) is kind or kind.__name__ in str(error)
-
-
-def test_the_name_of_a_type_unpickles_as_the_type() -> None:
-    assert pickle.loads(pickled_name("builtins.int")) is int
 
 
 def test_what_is_known_is_an_input_and_not_computed_again() -> None:
@@ -142,7 +138,8 @@ def test_common_annotations_yield_to_a_graph_s_own() -> None:
     sent = read_graph(graph(x=Task("x", neg, 1)))
     sent.annotations["retries"] = {"x": 3}
     piece = cut_known(sent, ["x"], {}, {"retries": 1, "priority": lambda key: len(key)})
-    assert piece.graph.__dask_annotations__() == {"retries": {"x": 3}, "priority": {"x": 1}}
+    assert piece.annotations == {"retries": {"x": 3}, "priority": {"x": 1}}
+    assert piece.priority == 0
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import dask.config
@@ -48,7 +49,7 @@ from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_clients import Outbox, check_versions
 from wukong.scheduler.dask_server_executors import Executors
 from wukong.scheduler.dask_server_facts import Facts
-from wukong.scheduler.dask_server_futures import Entry, Finished, Holder, Work, as_failure
+from wukong.scheduler.dask_server_futures import Entry, Holder, News, Work, as_failure
 from wukong.scheduler.dask_server_graphs import (
     INLINE_BYTES,
     Piece,
@@ -66,6 +67,8 @@ INLINE_TASKS = 100
 LOOK_S = 1.0
 """How often clients that have fallen silent are looked for."""
 
+RESTART_S = 0.05
+"""A restart is answered so long after clients have been told of it."""
 NO_ACTORS = (
     "Wukong has no actors: no executor keeps an object between tasks. Hold the state in a "
     "Variable, or pass it from task to task."
@@ -86,7 +89,7 @@ class DaskServer(KeyServer):
 
     def __init__(
         self,
-        open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
+        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
         *,
         n_executors: int,
         are_threads: bool,
@@ -101,7 +104,7 @@ class DaskServer(KeyServer):
         """Address -> name; filled when the server listens."""
         self._extending = asyncio.Lock()
         """Held from looking keys up until the new ones are in the table."""
-        self._early: list[Finished] = []
+        self._early: list[News] = []
         """News of values that are not in the table yet."""
         super().__init__(
             handlers={},
@@ -109,6 +112,28 @@ class DaskServer(KeyServer):
             connection_args=self.security.get_connection_args("scheduler"),
             needs_workdir=False,
         )
+        self.broker = Broker(dask.config.get("distributed.admin.low-level-log-length"), _any(self))
+        # The base's own periodic work (ticks, profiles) is not started: it tells nothing here.
+        self.periodic_callbacks.clear()
+        self.periodic_callbacks["silent-clients"] = PeriodicCallback(
+            self._remove_silent, LOOK_S * 1000
+        )
+        self._answer_clients()
+        self.executors = Executors(self, are_threads)
+        self.extensions = {
+            "multi_locks": MultiLockExtension(self),
+            "publish": PublishExtension(self),
+            "queues": QueueExtension(self),
+            "variables": VariableExtension(self),
+            "semaphores": SemaphoreExtension(self),
+            "events": EventExtension(self),
+            "values": Values(self),
+            "facts": Facts(self),
+        }
+        self.session = open_session(self._tell)
+
+    def _answer_clients(self) -> None:
+        """Mount what the server itself answers; its parts mount the rest."""
         self.handlers.update(
             {
                 "register-client": self.add_client,
@@ -131,25 +156,6 @@ class DaskServer(KeyServer):
                 "log-event": self.log_event,
             }
         )
-        scheduler: Any = self
-        self.broker = Broker(dask.config.get("distributed.admin.low-level-log-length"), scheduler)
-        # The base's own periodic work (ticks, profiles) is not started: it tells nothing here.
-        self.periodic_callbacks.clear()
-        self.periodic_callbacks["silent-clients"] = PeriodicCallback(
-            self._remove_silent, LOOK_S * 1000
-        )
-        self.extensions = {
-            "multi_locks": MultiLockExtension(self),
-            "publish": PublishExtension(self),
-            "queues": QueueExtension(self),
-            "variables": VariableExtension(self),
-            "semaphores": SemaphoreExtension(self),
-            "events": EventExtension(self),
-            "values": Values(self),
-            "facts": Facts(self),
-        }
-        self.executors = Executors(self, are_threads)
-        self.session = open_session(self._tell)
 
     # -------------------------------------------------------------- life
 
@@ -190,6 +196,8 @@ class DaskServer(KeyServer):
         """Forget all keys and take their work back: what `Client.restart` asks for."""
         self.forget(list(self.tasks.values()))
         self.report({"op": "restart"})
+        # The client is to see that before the answer: it drops all futures that it has then.
+        await asyncio.sleep(RESTART_S)
         for plugin in list(self.plugins.values()):
             await self.call_plugin(plugin, "restart", scheduler=self)
 
@@ -277,7 +285,7 @@ class DaskServer(KeyServer):
                 piece = cut_known(sent, keys, self.tasks, annotations or {})
                 await self._extend(client, keys, piece, is_small)
                 early, self._early = self._early, []
-            self.learn(early, lambda _: None)
+            self.learn(early)
         except MissingKey as error:
             reason = {"reason": "lost dependencies", "msg": str(error)}
             self.send(client, {"op": "cancelled-keys", "keys": keys, **reason})
@@ -294,13 +302,16 @@ class DaskServer(KeyServer):
             self.hold(piece.known, guard)
             values: Sequence[int] = ()
             if piece.keys:
-                known = {key: entry.value for key, entry in piece.known.items()}
-                options = {"scene": self.executors.scene()}
-                arguments = (piece.graph, piece.keys, known)
-                if is_small:
-                    values = self.session.extend(*arguments, options=options)
-                else:
-                    values = await offload(self.session.extend, *arguments, options=options)
+                extend = partial(
+                    self.session.extend,
+                    piece.dsk,
+                    piece.keys,
+                    {key: entry.value for key, entry in piece.known.items()},
+                    annotations=piece.annotations,
+                    priority=piece.priority,
+                    scene=self.executors.scene(),
+                )
+                values = extend() if is_small else await offload(extend)
             made: dict[Key, Entry] = dict(piece.known)
             for key, value in zip(piece.keys, values, strict=True):
                 made[key] = self.futures.add(key, value)
@@ -313,14 +324,15 @@ class DaskServer(KeyServer):
         finally:
             self.let_go(list(guard.entries), guard)
 
-    def _tell(self, news: Sequence[Finished]) -> None:
-        """What the session calls, in its own thread."""
+    def _tell(self, news: Sequence[News]) -> None:
+        """What the session calls, in any thread."""
         self.loop.add_callback(self._learn, news)
 
-    def _learn(self, news: Sequence[Finished]) -> None:
+    def _learn(self, news: Sequence[News]) -> None:
         # While a graph is being added its values may be known here before their keys are.
-        is_adding = self._extending.locked()
-        self.learn(news, self._early.append if is_adding else lambda _: None)
+        has_unknown = self.learn(news)
+        if has_unknown and self._extending.locked():
+            self._early += news
 
     # -------------------------------------------------------------- events and plugins
 
@@ -357,3 +369,8 @@ class DaskServer(KeyServer):
                 await result
         except Exception:
             logger.exception("the plugin %r failed in %s", plugin, name)
+
+
+def _any(server: DaskServer) -> Any:
+    """For calls that ask for Dask's own scheduler, whose parts in question the server has."""
+    return server

@@ -120,9 +120,8 @@ class Executors:
         if len(self._comms) >= n_wanted:
             return
         graph = {("greeting", i): (greet, i) for i in range(2 * n_wanted)}
-        options = {"scene": self.scene()}
         session = self._server.session
-        values = session.extend(graph, list(graph), {}, options=options)
+        values = session.extend(graph, list(graph), scene=self.scene())
         deadline = self._server.loop.time() + GREETING_S
         while len(self._comms) < n_wanted:
             self._changed.clear()
@@ -131,7 +130,7 @@ class Executors:
                 await asyncio.wait_for(self._changed.wait(), max(0.0, left_s))
             except asyncio.TimeoutError:
                 break
-        session.cancel(values)
+        session.release(values)
 
     async def _targets(self, workers: Iterable[str] | None) -> dict[str, Any]:
         """Address -> how to call it, of the executors that can be called now."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from dask.utils import key_split
 
 from wukong.errors import TaskError
+from wukong.executor.scene import Scene
 from wukong.executor.serialize_failures import Failure, Raised, encode_error
 from wukong.scheduler.calls import Key
 
@@ -27,20 +28,20 @@ FIRE_AND_FORGET = "fire-and-forget"
 """The holder of keys that are to be computed, and dropped when they are."""
 
 
-class Finished(Protocol):
-    """What the session says of a value that has been recorded."""
+class News(Protocol):
+    """What the session says of values that have been recorded."""
 
     @property
-    def value(self) -> int:
-        """The value's id."""
+    def values(self) -> Sequence[int]:
+        """Their ids."""
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the store."""
+        """What all of them take in the store."""
 
     @property
-    def error(self) -> object | None:
-        """A `Failure`, a `Raised` or an exception; None: it is there."""
+    def errors(self) -> Mapping[int, object]:
+        """Those that are errors: `Failure`, `Raised` or an exception."""
 
 
 class Work(Protocol):
@@ -50,25 +51,24 @@ class Work(Protocol):
         self,
         dsk: Any,
         keys: Sequence[Key],
-        known: Mapping[Key, Any],
+        known: Mapping[Key, int] | None = None,
         *,
-        options: Mapping[str, Any],
-    ) -> list[Any]:
+        annotations: Mapping[str, Mapping[Any, Any]] | None = None,
+        priority: int = 0,
+        scene: Scene | None = None,
+    ) -> list[int]:
         """Add a graph; returns one value id for each key, each pinned once."""
 
-    def put(self, values: Sequence[Any]) -> list[Any]:
-        """Store values, pinned once."""
+    def put(self, values: Sequence[Any]) -> list[int]:
+        """Store values, each pinned once."""
 
-    def read(self, values: Sequence[Any]) -> list[Any]:
+    def read(self, values: Sequence[int]) -> list[Any]:
         """The objects of finished values."""
 
-    def release(self, values: Sequence[Any]) -> None:
-        """Give up pins."""
+    def release(self, values: Sequence[int]) -> None:
+        """Give up a pin of each; work that nobody needs any more is taken back."""
 
-    def cancel(self, values: Sequence[Any]) -> None:
-        """Give up pins, and take back the work that nobody else waits for."""
-
-    def retry(self, values: Sequence[Any]) -> None:
+    def retry(self, values: Sequence[int]) -> None:
         """Run again what ended in errors."""
 
     def close(self) -> None:
@@ -102,7 +102,6 @@ class Entry:
         "readers",
         "size_bytes",
         "state",
-        "type_name",
         "value",
     )
 
@@ -112,8 +111,6 @@ class Entry:
         """The session's id."""
         self.state = WAITING
         self.size_bytes = -1
-        self.type_name: str | None = None
-        """Module and name of the value's type, where the session knows it."""
         self.failure: Failure | None = None
         self.holders: tuple[Holder, ...] = ()
         self.inputs: tuple[Entry, ...] = ()
@@ -166,10 +163,7 @@ class Entry:
     def report(self) -> dict[str, Any] | None:
         """What a client is told of it; None while there is nothing to tell."""
         if self.state == DONE:
-            report = {"op": "key-in-memory", "key": self.key}
-            if self.type_name:
-                report["type"] = pickled_name(self.type_name)
-            return report
+            return {"op": "key-in-memory", "key": self.key}
         if self.state == FAILED:
             return {
                 "op": "task-erred",
@@ -197,7 +191,7 @@ class Futures:
         else:  # keys that are names of the same value
             others = there if isinstance(there, list) else [there]
             entry.state, entry.failure = others[0].state, others[0].failure
-            entry.size_bytes, entry.type_name = others[0].size_bytes, others[0].type_name
+            entry.size_bytes = others[0].size_bytes
             self._by_value[value] = [*others, entry]
         return entry
 
@@ -241,19 +235,28 @@ class Futures:
             entry.holders = tuple([other for other in entry.holders if other is not holder])
         return not entry.holders
 
-    def finish(self, finished: Finished) -> Sequence[Entry]:
-        """Note that a value has been recorded. Returns the entries that wait for it."""
-        there = self._by_value.get(finished.value)
-        if there is None:
-            return ()
-        entries = there if isinstance(there, list) else (there,)
-        failure = None if finished.error is None else as_failure(finished.error)
-        for entry in entries:
-            entry.state = DONE if failure is None else FAILED
-            entry.failure = failure
-            entry.size_bytes = finished.size_bytes
-            entry.type_name = getattr(finished, "type_name", None)
-        return entries
+    def finish(self, news: News, unknown: list[int]) -> list[Entry]:
+        """Note that values have been recorded.
+
+        Args:
+            unknown: gets those that are not in the table.
+        Returns: the entries that wait for them.
+        """
+        finished: list[Entry] = []
+        size_bytes = news.size_bytes // max(1, len(news.values))
+        by_value, errors = self._by_value, news.errors
+        for value in news.values:
+            there = by_value.get(value)
+            if there is None:
+                unknown.append(value)
+                continue
+            failure = as_failure(errors[value]) if value in errors else None
+            for entry in there if isinstance(there, list) else (there,):
+                entry.state = DONE if failure is None else FAILED
+                entry.failure = failure
+                entry.size_bytes = size_bytes
+                finished.append(entry)
+        return finished
 
     def restart(self, entry: Entry) -> None:
         """Wait for an entry's value again."""
@@ -305,9 +308,3 @@ def as_failure(error: object) -> Failure:
         stand_in.pickled,
         error.frames,
     )
-
-
-def pickled_name(type_name: str) -> bytes:
-    """The pickle of a type, made from its module and name without importing it."""
-    module, _, name = type_name.rpartition(".")
-    return f"c{module}\n{name}\n.".encode()

@@ -23,20 +23,6 @@ INLINE_BYTES = 32 * 1024
 """A graph of fewer pickled bytes is read in the loop's thread: handing it over takes longer."""
 
 
-class Graph:
-    """A graph and its annotations, as planning wants them from an expression."""
-
-    def __init__(self, dsk: Mapping[Key, Any], annotations: Mapping[str, Mapping[Key, Any]]):
-        self._dsk = dsk
-        self._annotations = annotations
-
-    def __dask_graph__(self) -> Mapping[Key, Any]:
-        return self._dsk
-
-    def __dask_annotations__(self) -> Mapping[str, Mapping[Key, Any]]:
-        return self._annotations
-
-
 @dataclass(frozen=True, slots=True)
 class Sent:
     """A graph as it was sent."""
@@ -52,7 +38,11 @@ class Sent:
 class Piece:
     """What the session is asked to add."""
 
-    graph: Graph
+    dsk: dict[Key, Any]
+    annotations: dict[str, Mapping[Key, Any]]
+    """Name -> key -> value."""
+    priority: int
+    """Of all its tasks; higher ones are taken first."""
     keys: list[Key]
     """Requested, and not in the table."""
     known: dict[Key, Entry]
@@ -119,13 +109,14 @@ def cut_known(
             if entry is not None:
                 known[key] = entry
     annotations: dict[str, Mapping[Key, Any]] = dict(sent.annotations)
+    numbers = [common.get("priority"), *sent.annotations.get("priority", {}).values()]
+    priority = max([int(n) for n in numbers if isinstance(n, int | float)], default=0)
     for name, value in common.items():
         per_key = {key: value(key) if callable(value) else value for key in sent.dsk}
         annotations[name] = {**per_key, **annotations.get(name, {})}
     new_keys = [key for key in dict.fromkeys(keys) if key not in known]
-    return Piece(
-        Graph(sent.dsk, annotations), new_keys, known, _nearest(sent.reads, new_keys, known)
-    )
+    inputs = _nearest(sent.reads, new_keys, known)
+    return Piece(sent.dsk, annotations, priority, new_keys, known, inputs)
 
 
 def _nearest(

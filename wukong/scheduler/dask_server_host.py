@@ -14,7 +14,7 @@ from distributed.utils import LoopRunner, silence_logging_cmgr, sync
 
 from wukong.scheduler.dask_server import DaskServer
 from wukong.scheduler.dask_server_clients import check_own_version
-from wukong.scheduler.dask_server_futures import Finished, Work
+from wukong.scheduler.dask_server_futures import News, Work
 
 MAX_WORKERS = 64
 """So many addresses are given as workers' at most; each is a listening socket."""
@@ -38,7 +38,7 @@ class ServerHost:
 
     def __init__(
         self,
-        open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
+        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
         *,
         n_executors: int,
         are_threads: bool,
@@ -71,7 +71,7 @@ class ServerHost:
 
     async def _start(
         self,
-        open_session: Callable[[Callable[[Sequence[Finished]], None]], Work],
+        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
         n_executors: int,
         are_threads: bool,
         address: str,

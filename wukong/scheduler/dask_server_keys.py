@@ -7,7 +7,7 @@ a scheduler's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from distributed.core import Server
@@ -19,9 +19,9 @@ from wukong.scheduler.dask_server_futures import (
     FAILED,
     FIRE_AND_FORGET,
     Entry,
-    Finished,
     Futures,
     Holder,
+    News,
     Work,
     failed_inputs,
     with_readers,
@@ -87,24 +87,18 @@ class KeyServer(Server):
         if report is not None:
             self.send(client, report)
 
-    def learn(self, news: Iterable[Finished], on_unknown: Callable[[Finished], None]) -> None:
-        """Report values that have been recorded.
-
-        Args:
-            on_unknown: called with values that are not in the table.
-        """
+    def learn(self, news: Iterable[News]) -> bool:
+        """Report values that have been recorded. Returns: some are not in the table."""
         reports: dict[Holder, list[Mapping[str, Any]]] = {}
         finished: list[Entry] = []
+        unknown: list[int] = []
         for one in news:
-            entries = self.futures.finish(one)
-            if not entries:
-                on_unknown(one)
-            finished += entries
-            for entry in entries:
-                report = entry.report()
-                for holder in entry.holders:
-                    if report is not None and holder.send is not None:
-                        reports.setdefault(holder, []).append(report)
+            finished += self.futures.finish(one, unknown)
+        for entry in finished:
+            report = entry.report()
+            for holder in entry.holders:
+                if report is not None and holder.send is not None:
+                    reports.setdefault(holder, []).append(report)
         for holder, messages in reports.items():
             if holder.send is not None:
                 holder.send(*messages)
@@ -115,6 +109,7 @@ class KeyServer(Server):
         nobody = self.clients.get(FIRE_AND_FORGET)
         if nobody is not None:
             self.let_go([entry for entry in finished if nobody in entry.holders], nobody)
+        return bool(unknown)
 
     def show_transition(self, key: Key, state: str, facts: Mapping[str, object]) -> None:
         """Tell plugins that a key has got another state."""
@@ -182,21 +177,11 @@ class KeyServer(Server):
         self.forget(entries)
 
     def forget(self, entries: Sequence[Entry]) -> None:
-        """Take entries out of the table; work that nobody waits for is taken back."""
-        release: list[int] = []
-        cancel: list[int] = []
-        gone = set(entries)
-        for entry in entries:
-            readers = [r for r in entry.readers or () if r not in gone]
-            is_read = any(reader.state not in (DONE, FAILED) for reader in readers)
-            is_over = entry.state in (DONE, FAILED)
-            (release if is_over or is_read else cancel).append(entry.value)
+        """Take entries out of the table; the session takes back what nobody waits for."""
         for entry in entries:
             self.futures.forget(entry)
-        if release:
-            self.session.release(release)
-        if cancel:
-            self.session.cancel(cancel)
+        if entries:
+            self.session.release([entry.value for entry in entries])
 
     def cancel_keys(
         self,
