@@ -165,7 +165,6 @@ class ExecutorCore:
             case AbsorbAnswered(Refused()):
                 return self._put()
             case Put(entries):
-                self._held().blobs += tuple(e.blob for _, e in entries if e.blob is not None)
                 return self._commit(entries)
             case Broken(error):
                 return self._fail(error)
@@ -308,9 +307,9 @@ class ExecutorCore:
         return [PutValues(tuple(items))]
 
     def _blob(self, work: Work) -> BlobId:
-        """The stem of the next blob's id; the answer to the put has the id."""
-        work.n_blobs += 1
-        return BlobId(f"{work.job}/{work.attempt}/{work.n_blobs - 1}")
+        blob = BlobId(f"{work.job}/{work.attempt}/{len(work.blobs)}")
+        work.blobs += (blob,)
+        return blob
 
     def _commit(self, entries: tuple[tuple[ExportId, Entry], ...]) -> list[Action]:
         work = self._held()
