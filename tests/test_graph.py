@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan_interpreter import fused, get, inc, pack, run_plan
+from wukong.errors import MissingKey
 from wukong.scheduler.calls import FusedCalls, evaluate
 from wukong.scheduler.graph import OpaqueNode, plan_graph
 
@@ -380,3 +381,31 @@ def test_nested_request_shapes_are_dasks() -> None:
     dsk = {"a": 1, "b": (inc, "a")}
     assert get(dsk, keys) == ((1,), ((2, 1),), (), 2)
     assert plan_graph(dsk, keys).requested == ((-1,), ((0, -1),), (), 0)
+
+
+# ------------------------------------------------------------------ pieces of something larger
+
+
+def test_known_keys_are_neither_tasks_nor_constants() -> None:
+    dsk = {"a": (inc, "f"), "b": Task("b", operator.add, TaskRef("a"), TaskRef("g")), "f": (inc, 1)}
+    plan = plan_graph(dsk, ["b", "g"], known={"f": 3, "g": 5, "unused": 7}, base=10)
+    assert plan.keys == ["a", "b"]
+    assert plan.calls == [(inc, (3,), ()), (operator.add, (10, 5), ())]
+    assert (plan.inputs.tolist(), plan.inputs_ptr.tolist()) == ([3, 10, 5], [0, 1, 3])
+    assert (plan.requested, plan.literals) == ((11, 5), [])
+
+
+def test_known_keys_are_found_in_nested_arguments() -> None:
+    dsk = {"a": (sum, ["f", ["g"], {"x": "f"}]), "b": Task("b", sum, List(TaskRef("f"), 1))}
+    plan = plan_graph(dsk, ["a", "b"], known={"f": 3, "g": 5}, base=10)
+    assert plan.inputs.tolist() == [3, 5, 3]
+
+
+def test_annotations_may_be_given_beside_a_piece() -> None:
+    plan = plan_graph({"a": (inc, 1)}, ["a"], base=7, annotations={"retries": {"a": 2}})
+    assert (plan.requested, plan.annotations) == ((7,), {7: {"retries": 2}})
+
+
+def test_an_unknown_future_is_missing() -> None:
+    with pytest.raises(MissingKey, match="'g'"):
+        plan_graph({"a": Task("a", inc, TaskRef("g"))}, ["a"], known={"f": 3}, base=10)

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.scheduler.fused",
         "wukong.scheduler.plan",
     ),
-    ("wukong.scheduler.graph", "wukong.storage.rows"),
+    ("wukong.scheduler.graph", "wukong.scheduler.holdings", "wukong.storage.rows"),
     (
         "wukong.storage.contract",
         "wukong.storage.silence",
@@ -53,7 +53,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.scheduler.recovery",
         "wukong.storage.blobfiles",
     ),
-    ("wukong.storage.extension", "wukong.storage.oversight"),
+    ("wukong.scheduler.piece", "wukong.storage.extension", "wukong.storage.oversight"),
     (
         "wukong.executor.work",
         "wukong.executor.ops",
@@ -76,6 +76,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("wukong.sim*",),
     ("wukong.chores", "wukong.submit", "wukong.sweep"),
+    ("wukong.session*",),
     ("wukong.job_driver", "wukong.callbacks", "wukong.scheduler.dask_server*"),
     ("wukong.scheduler.dask_cluster",),
     ("wukong.cluster*",),
@@ -97,6 +98,7 @@ PURE = {
     "wukong.rdma.lease",
     "wukong.rdma.lease_grants",
     "wukong.rdma.transport",
+    "wukong.scheduler.holdings",
     "wukong.scheduler.job",
     "wukong.scheduler.recovery",
     "wukong.scheduler.strands",

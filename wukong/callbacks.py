@@ -15,7 +15,8 @@ from typing import Any
 from dask.callbacks import unpack_callbacks
 from dask.local import finish_task, start_state_from_dask
 
-from wukong.scheduler.graph import dask_nodes, flatten_keys
+from wukong.scheduler.graph import dask_nodes
+from wukong.scheduler.plan import flatten_keys
 
 _VALUE_FREE = frozenset({"ProgressBar", "Profiler", "ResourceProfiler"})
 """Classes of `dask.diagnostics` that look at keys and times only."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wukong.errors import (
     SerializationError,
@@ -129,7 +130,7 @@ def _describe(
     programs = []
     for number, part in enumerate(parts):
         program = make_program(plan, part, retries, fail_fast, shared, context)
-        programs.append((StrandId(str(number)), _put_program(plan, wire, program, job, number)))
+        programs.append((StrandId(str(number)), put_program(plan, wire, program, job, number)))
     source_ids = {output.export for output in sources}
     entries = [
         (StrandId(str(i)), tuple(export for export, _ in part.inputs))
@@ -165,6 +166,14 @@ def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
     requested = sorted({slot for slot in _slots(plan.requested) if slot >= 0})
     if len(plan.keys) == 1:
         return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=1.0)
+    grain, seconds = choose_grain(plan, n_executors, costs)
+    return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=grain, costs=seconds)
+
+
+def choose_grain(
+    plan: Plan, n_executors: int, costs: Costs | None
+) -> tuple[float, NDArray[np.float64] | None]:
+    """What a strand should cost, and what each task does; in tasks if nothing is known of them."""
     seconds = None
     grain = len(plan.keys) / (STRANDS_PER_EXECUTOR * n_executors)
     if costs is None:
@@ -174,13 +183,7 @@ def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
     if seconds is not None:
         seconds = np.maximum(seconds, LEAST_TASK_S)
         grain = max(LEAST_STRAND_S, float(seconds.sum()) / (STRANDS_PER_EXECUTOR * n_executors))
-    return cut_strands(
-        plan.inputs_ptr,
-        plan.inputs,
-        requested,
-        grain=max(grain, 0.5) if seconds is None else grain,
-        costs=seconds,
-    )
+    return max(grain, 0.5) if seconds is None else grain, seconds
 
 
 def make_program(
@@ -197,7 +200,8 @@ def make_program(
         shared: slots of constants that are exports of the job, and so not in programs.
         context: the client's, if executors can have it.
     """
-    calls = [plan.calls[task] for task in part.tasks]
+    base = plan.base
+    calls = [plan.calls[task - base] for task in part.tasks]
     return Program(
         part=part,
         calls=calls,
@@ -235,7 +239,8 @@ def _slots(requested: Any) -> list[int]:
     return flat
 
 
-def _put_program(plan: Plan, wire: Wire, program: Program, job: JobId, number: int) -> Entry:
+def put_program(plan: Plan, wire: Wire, program: Program, job: JobId, number: int) -> Entry:
+    """Encode a strand's program; the error of one that cannot be sent names the task's key."""
     try:
         return wire.put_program(program, BlobId(f"{job}/plan/{number}"))
     except SerializationError as error:
@@ -243,7 +248,7 @@ def _put_program(plan: Plan, wire: Wire, program: Program, job: JobId, number: i
 
 
 def _unsendable(plan: Plan, task: int | None, error: SerializationError) -> SerializationError:
-    key = "?" if task is None else repr(plan.keys[task])
+    key = "?" if task is None else repr(plan.keys[task - plan.base])
     return SerializationError(f"the task {key} cannot be sent to an executor: {error}")
 
 

@@ -54,6 +54,19 @@ class FusedCalls:
         return values[-len(self.steps)]
 
 
+@dataclass(frozen=True, slots=True)
+class OpaqueNode:
+    """Calls a Dask node whose class evaluates itself in its own way, with what it depends on."""
+
+    node: Callable[[Mapping[Any, Any]], Any]
+    """Takes a mapping of key -> value."""
+    keys: tuple[Key, ...]
+    """What the node depends on, in the order of the arguments."""
+
+    def __call__(self, *values: Any) -> Any:
+        return self.node(dict(zip(self.keys, values)))
+
+
 def make_list(*items: Any) -> list[Any]:
     """The list of the arguments: what a list that holds keys becomes."""
     return list(items)

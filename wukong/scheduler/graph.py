@@ -17,9 +17,9 @@ function of keys and constants) take a fast path; anything nested becomes a tree
 from __future__ import annotations
 
 import gc
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,12 +44,19 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.utils import ensure_dict
 
 from wukong.errors import CycleError, GraphError, MissingKey
-from wukong.scheduler.calls import Call, Key, make_dict, make_list, make_set, make_tuple
+from wukong.scheduler.calls import Call, Key, OpaqueNode, make_dict, make_list, make_set, make_tuple
 from wukong.scheduler.fused import Open, Read, bind, fuse
-from wukong.scheduler.plan import Plan, Requested
+from wukong.scheduler.plan import Plan, Requested, flatten_keys
 
 
-def plan_graph(dsk: Any, keys: Any) -> Plan:
+def plan_graph(
+    dsk: Any,
+    keys: Any,
+    *,
+    known: Mapping[Key, int] | None = None,
+    base: int = 0,
+    annotations: Mapping[str, Mapping[Any, Any]] | None = None,
+) -> Plan:
     """Turn a Dask graph into a Plan for the given keys.
 
     The graph is only read. The garbage collector is off meanwhile: nothing here is garbage, and
@@ -59,17 +66,21 @@ def plan_graph(dsk: Any, keys: Any) -> Plan:
         dsk: a mapping of keys to legacy tuples or `dask._task_spec` nodes, a `HighLevelGraph`, or
             anything with `__dask_graph__` (an expression, a collection); it is not optimized.
         keys: one key, or lists of keys nested at will; a key may occur more than once.
+        known: ids, below `base`, of values that are computed elsewhere; the graph's own nodes of
+            these keys are not looked at.
+        base: the first task's id.
+        annotations: name -> key -> value, besides those that the graph carries.
     Raises:
         MissingKey: a key is requested or read that the graph has not; the message names both.
         CycleError: tasks wait for each other; the message lists their keys.
-        GraphError: the graph reads a future, which cannot be planned yet.
+        GraphError: the graph reads a future that is not known.
     Cost: O(tasks + edges) of what the keys need; 2-5 us a task.
     """
     with _collector_off():
         graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
-        planner = _Planner(ensure_dict(graph))
+        planner = _Planner(ensure_dict(graph), known or {}, base)
         planner.walk(flatten_keys(keys))
-        return planner.plan(keys, _annotations(dsk, graph))
+        return planner.plan(keys, [*_annotations(dsk, graph), *(annotations or {}).items()])
 
 
 def dask_nodes(dsk: Any, known: Mapping[Key, object]) -> dict[Key, Any]:
@@ -81,19 +92,6 @@ def dask_nodes(dsk: Any, known: Mapping[Key, object]) -> dict[Key, Any]:
     graph = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
     values = {key: DataNode(key, value) for key, value in known.items()}
     return dict(convert_legacy_graph({**ensure_dict(graph), **values}))
-
-
-@dataclass(frozen=True, slots=True)
-class OpaqueNode:
-    """Calls a Dask node whose class evaluates itself in its own way, with what it depends on."""
-
-    node: Callable[[Mapping[Any, Any]], Any]
-    """Takes a mapping of key -> value."""
-    keys: tuple[Key, ...]
-    """What the node depends on, in the order of the arguments."""
-
-    def __call__(self, *values: Any) -> Any:
-        return self.node(dict(zip(self.keys, values)))
 
 
 _MAKERS: dict[type, Callable[..., Any]] = {
@@ -114,7 +112,9 @@ class _Planner:
     - `(open, reads)`: nested; `reads` are the keys that the open tree reads.
     """
 
-    def __init__(self, dsk: Mapping[Any, Any]) -> None:
+    def __init__(self, dsk: Mapping[Any, Any], known: Mapping[Key, int], base: int) -> None:
+        self.known = known
+        self.base = base
         self.names: list[Key] = list(dsk)
         self.nodes: list[Any] = list(dsk.values())
         self.index: dict[Any, int] = dict(zip(self.names, range(len(self.names))))
@@ -132,6 +132,8 @@ class _Planner:
         # live in `literals`, so their ids cannot be given to others.
         self.literal_of: dict[int, int] = {}
         self.futures: dict[Key, object] = {}
+        for i, key in enumerate(self.names) if known else ():
+            self.place[i] = known.get(key)
         # Types whose instances are constants wherever they occur in a legacy tuple or a Task.
         self.plain_in_tuples: set[type] = {type(None), slice}
         self.plain_in_tasks: set[type] = {type(None), slice, str, int, float, bool, tuple}
@@ -156,6 +158,7 @@ class _Planner:
             literals=self.literals,
             requested=requested([keys])[0],
             annotations=self.annotate(annotations),
+            base=self.base,
         )
 
     def slot_of(self, key: Key) -> Any:
@@ -168,17 +171,17 @@ class _Planner:
         """Annotations by task id. A task's own win over those of its aliases, those over all's."""
         annotated: dict[int, dict[str, Any]] = {}
         for name, value in get_annotations().items():
-            for task, key in enumerate(self.keys):
+            for task, key in enumerate(self.keys, self.base):
                 annotated.setdefault(task, {})[name] = value(key) if callable(value) else value
         own: set[tuple[int, str]] = set()
         for name, value_of in annotations:
             for key, value in value_of.items():
                 slot = self.slot_of(key) if key in self.index else None
-                if slot is None or slot < 0 or value is None:
+                if slot is None or slot < self.base or value is None:
                     continue
                 if isinstance(value, _AnnotationsTombstone):
                     continue  # how Dask says "this key has none" where it keeps them by function
-                if self.keys[slot] == key:
+                if self.keys[slot - self.base] == key:
                     own.add((slot, name))
                 elif (slot, name) in own:
                     continue
@@ -197,10 +200,8 @@ class _Planner:
             self.stack,
         )
         keys, calls, all_slots, slots_ptr = self.keys, self.calls, self.slots, self.slots_ptr
-        for root in roots:
-            if root not in self.index:
-                self.fail_missing(root, None)
-        stack.extend([self.index[root] for root in reversed(roots)])
+        base = self.base
+        stack.extend([self.position(root, None) for root in reversed(roots)])
         while stack:
             i = stack.pop()
             if i < 0:
@@ -235,7 +236,7 @@ class _Planner:
                     stack.append(~i)
                     stack.extend([slots[w] for w in reversed(waiting)])
                     continue
-            place[i] = len(keys)
+            place[i] = base + len(keys)
             keys.append(names[i])
             calls.append((func, tuple(slots), kwnames))
             if len(slots) > 1 and len(set(slots)) < len(slots):
@@ -257,6 +258,8 @@ class _Planner:
                     i = position(a)
                 except TypeError:  # holds something that cannot be hashed: no key
                     return None
+                if i is None and self.known:
+                    i = self.adopt(a)
                 if kind is tuple and (i is None or (a and callable(a[0]))):
                     return None
                 if i is not None:
@@ -297,7 +300,7 @@ class _Planner:
                 key = a.key if kind is TaskRef else a.target
                 i = position(key)
                 if i is None:
-                    self.fail_missing(key, self.names[reader])
+                    i = self.position(key, self.names[reader])
                 slot = place[i]
                 if slot is None:
                     slot = i
@@ -337,9 +340,7 @@ class _Planner:
         self.opened[i] = tree, reads
         self.stack.append(~i)
         for key in reversed(reads):
-            if key not in self.index:
-                self.fail_missing(key, self.names[i])
-            position = self.index[key]
+            position = self.position(key, self.names[i])
             if self.place[position] is None:
                 self.stack.append(position)
 
@@ -350,7 +351,7 @@ class _Planner:
             self.calls.append(slot)
             self.slots.extend(dict.fromkeys([self.slot_of(key) for key in reads]))
             self.slots_ptr.append(len(self.slots))
-            slot = len(self.keys)
+            slot = self.base + len(self.keys)
             self.keys.append(self.names[i])
         self.place[i] = slot
 
@@ -370,7 +371,7 @@ class _Planner:
             return value[0], tuple([self.legacy_argument(a, reads) for a in value[1:]]), ()
         if isinstance(value, (str, int, float, tuple)):
             try:
-                if value in self.index:
+                if value in self.index or value in self.known:
                     return self.read(value, reads)
             except TypeError:
                 pass  # holds something that cannot be hashed: no key
@@ -386,12 +387,16 @@ class _Planner:
             return None
         if _is_dask_future(value):
             return self.read_future(value, reads)
-        converted = convert_legacy_task(None, value, self.index)
+        converted = convert_legacy_task(None, value, self.all_keys())
         return self.translate(converted, reads) if isinstance(converted, GraphNode) else None
 
     def legacy_constant(self, value: Any) -> int:
         """The slot of a value without keys; as in Dask, the graph's containers are copied."""
-        return self.literal(convert_legacy_task(None, value, self.index))
+        return self.literal(convert_legacy_task(None, value, self.all_keys()))
+
+    def all_keys(self) -> Mapping[Any, Any]:
+        """The keys that a legacy value may mention."""
+        return ChainMap(self.index, self.known) if self.known else self.index  # type: ignore[arg-type]  # read only
 
     def argument(self, a: Any, reads: list[Key]) -> Open:
         """An argument of a Task."""
@@ -435,6 +440,26 @@ class _Planner:
         keys = tuple(sorted(node.dependencies, key=repr))
         return OpaqueNode(node, keys), tuple([self.read(k, reads) for k in keys]), ()
 
+    # -- keys of elsewhere ------------------------------------------------------------------------
+
+    def position(self, key: Key, needed_by: Key | None) -> int:
+        """The position of a key that is read, or requested if nobody needs it."""
+        i = self.index.get(key)
+        i = self.adopt(key) if i is None else i
+        return self.fail_missing(key, needed_by) if i is None else i
+
+    def adopt(self, key: Key) -> int | None:
+        """A position for a value that is computed elsewhere; None if nothing is known of it."""
+        value = self.known.get(key)
+        if value is None:
+            return None
+        i = self.index[key] = len(self.names)
+        self.names.append(key)
+        self.nodes.append(None)
+        self.place.append(value)
+        self.opened.append(None)
+        return i
+
     # -- errors -----------------------------------------------------------------------------------
 
     def fail_missing(self, key: Key, needed_by: Key | None) -> NoReturn:
@@ -453,17 +478,6 @@ class _Planner:
         raise CycleError("Cycle detected: " + " -> ".join(cycle))
 
 
-def flatten_keys(keys: Any) -> list[Key]:
-    """The requested keys, without the lists around them. A tuple is a key."""
-    flat: list[Key] = []
-    for key in keys if isinstance(keys, list) else [keys]:
-        if isinstance(key, list):
-            flat.extend(flatten_keys(key))
-        else:
-            flat.append(key)
-    return flat
-
-
 def _annotations(dsk: Any, graph: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """(name, key -> value) of whatever annotations the graph carries."""
     if hasattr(dsk, "__dask_annotations__"):
@@ -477,10 +491,9 @@ def _annotations(dsk: Any, graph: Any) -> Iterator[tuple[str, Mapping[Any, Any]]
 @contextmanager
 def _collector_off() -> Iterator[None]:
     """Switch Python's cyclic garbage collector off, and on again if it was on."""
-    was_on = gc.isenabled()
+    turn = gc.enable if gc.isenabled() else gc.disable
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        turn()

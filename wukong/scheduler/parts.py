@@ -1,6 +1,7 @@
 """From strands to parts: what each strand runs, reads and writes, in the store's words. Pure.
 
-The ids are the numbers of the cut: strand 17 is "17", export 42 is "42".
+The ids are the numbers of the cut: strand 17 is "17", export 42 is "42"; in a piece of an open job
+they go on from those of earlier pieces.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ from wukong.executor.messages import ExportId, ExportSpec, Feed, Part, StrandId
 from wukong.scheduler.strands import Strands
 
 
-def static_parts(strands: Strands) -> list[Part]:
+def static_parts(
+    strands: Strands, base: int = 0, first_strand: int = 0, first_export: int = 0
+) -> list[Part]:
     """Make the part of every strand of a cut.
 
     Each consumer of an export reads every value of it: that is what makes it one export.
 
-    Returns: parts by strand number.
+    Args:
+        base, first_strand, first_export: added to the cut's numbers of tasks, strands, exports.
+    Returns: parts by strand number of the cut.
     Cost: O(tasks + exports and their consumers); consumers share one tuple of values.
     """
-    reads = [(ExportId(str(e)), export.tasks) for e, export in enumerate(strands.exports)]
-    feeds = [Feed(StrandId(str(s)), len(read)) for s, read in enumerate(strands.strand_inputs)]
+    exported = [export.tasks for export in strands.exports]
+    if base:
+        exported = [tuple([task + base for task in tasks]) for tasks in exported]
+    reads = [(ExportId(str(e)), tasks) for e, tasks in enumerate(exported, first_export)]
+    feeds = [
+        Feed(StrandId(str(s)), len(read))
+        for s, read in enumerate(strands.strand_inputs, first_strand)
+    ]
     specs = [
         ExportSpec(
-            export=ExportId(str(e)),
-            tasks=export.tasks,
+            export=ExportId(str(e + first_export)),
+            tasks=exported[e],
             n_values=len(export.tasks),
             n_consumers=len(export.consumers) + export.requested,
             requested=export.requested,
@@ -30,7 +41,7 @@ def static_parts(strands: Strands) -> list[Part]:
         )
         for e, export in enumerate(strands.exports)
     ]
-    tasks, ends = strands.tasks.tolist(), strands.tasks_ptr.tolist()
+    tasks, ends = (strands.tasks + base).tolist(), strands.tasks_ptr.tolist()
     return [
         Part(
             tasks=tuple(tasks[ends[s] : ends[s + 1]]),

@@ -19,15 +19,16 @@ Requested: TypeAlias = "int | tuple[Requested, ...]"
 class Plan:
     """A graph, culled to what the requested keys need and ready to be cut into strands.
 
-    Constants and aliases are not tasks. Every task's inputs have smaller ids than the task.
+    Constants and aliases are not tasks. Every task's inputs have smaller ids than the task. Task
+    ids are `base`, `base + 1`, ...; smaller ones are of values that are computed elsewhere.
     """
 
     keys: list[Key]
-    """Task id -> Dask's key (n)."""
+    """Task id - base -> Dask's key (n)."""
     calls: list[Call]
-    """Task id -> what to call (n)."""
+    """Task id - base -> what to call (n)."""
     inputs_ptr: npt.NDArray[np.int64]
-    """Task t reads the tasks `inputs[inputs_ptr[t]:inputs_ptr[t + 1]]` (n + 1)."""
+    """Task base + i reads the tasks `inputs[inputs_ptr[i]:inputs_ptr[i + 1]]` (n + 1)."""
     inputs: npt.NDArray[np.int32]
     """Task ids, each once for each reader, in the order of its arguments."""
     literals: list[object]
@@ -36,6 +37,8 @@ class Plan:
     """Slots of the requested keys, in the shape of the request."""
     annotations: dict[int, dict[str, Any]]
     """Task id -> Dask's annotations (`retries`, `priority`, ...); annotated tasks only."""
+    base: int = 0
+    """The first task id; not 0 where the graph is a piece of something larger."""
 
     def resolve(self, values: Mapping[int, object]) -> Any:
         """The answer to the request, as `dask.get` shapes it: lists of keys become tuples.
@@ -50,3 +53,14 @@ class Plan:
             return values[slot] if slot >= 0 else self.literals[~slot]
 
         return value(self.requested)
+
+
+def flatten_keys(keys: Any) -> list[Key]:
+    """The requested keys, without the lists around them. A tuple is a key."""
+    flat: list[Key] = []
+    for key in keys if isinstance(keys, list) else [keys]:
+        if isinstance(key, list):
+            flat.extend(flatten_keys(key))
+        else:
+            flat.append(key)
+    return flat

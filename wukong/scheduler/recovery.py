@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wukong.executor.messages import ExportId, JobId, Part, Relaunch, StrandId, TokenId
+from wukong.executor.messages import (
+    ExportId,
+    Extend,
+    JobId,
+    NewExport,
+    NewStrand,
+    Part,
+    Relaunch,
+    Restart,
+    StrandId,
+    TokenId,
+)
+from wukong.scheduler.holdings import Holdings
 
 STRAGGLER_FACTOR = 4.0
 """Times what a strand's tasks let expect: durations of equal tasks differ by less, mostly."""
@@ -104,3 +116,47 @@ def plan_relaunch(
         done=tuple(sorted(s for s in fed if int(s) not in again)),
         n_requested=n_requested,
     )
+
+
+def plan_restart(
+    holdings: Holdings, surviving: set[int], job: JobId, number: int, generation: int
+) -> tuple[Extend, dict[int, list[int]]]:
+    """What an open job goes on with after a loss; the holdings await its values anew.
+
+    Args:
+        surviving: exports that are complete and readable.
+        number: of the extension.
+    Returns: the extension; and for each export that nothing can make again its values that are
+        held.
+    Cost: O(kept work + exports).
+    """
+    again, gone = holdings.missing(surviving)
+    made = {int(spec.export) for s in again for spec in holdings.work[s].part.exports}
+    readers: dict[int, int] = {}
+    strands = []
+    for s in again:
+        work = holdings.work[s]
+        own = [e for e, _ in work.part.inputs[: work.n_own] if int(e) in made]
+        for export in own:
+            readers[int(export)] = readers.get(int(export), 0) + 1
+        earlier = tuple(i for i in work.part.inputs if i[0] not in own)
+        strands.append(NewStrand(StrandId(str(s)), tuple(own), earlier, work.priority))
+    exports = []
+    for s in again:
+        for spec in holdings.work[s].part.exports:
+            pinned = holdings.is_pinned(int(spec.export))
+            n_consumers = readers.get(int(spec.export), 0) + pinned
+            exports.append(NewExport(spec.export, spec.n_values, n_consumers, pinned))
+    kept = sorted(surviving - made)
+    request = Extend(
+        job=job,
+        number=number,
+        programs=tuple((StrandId(str(s)), holdings.work[s].program) for s in again),
+        strands=tuple(strands),
+        exports=tuple(exports),
+        restart=Restart(
+            generation, tuple((ExportId(str(e)), int(holdings.is_pinned(e))) for e in kept)
+        ),
+    )
+    holdings.forget_recorded(again)
+    return request, {export: holdings.held_values(export) for export in gone}

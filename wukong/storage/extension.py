@@ -210,6 +210,7 @@ def _is_founded(rows: Rows, request: Extend) -> bool:
     """Whether everything that an extension builds on is in the store."""
     survivors = () if request.restart is None else request.restart.survivors
     earlier = {export for new in request.strands for export, _ in new.earlier}
+    earlier -= {new.export for new in request.exports}
     if request.restart is not None:
         kept = {export for export, _ in survivors}
         return earlier <= kept and all(is_complete(rows, export) for export in kept)

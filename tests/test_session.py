@@ -1,0 +1,230 @@
+"""Sessions: graphs added to an open job, on real stores and executors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wukong.executor.pool import ProcessPool
+from wukong.executor.pool_threads import ThreadPool
+from wukong.executor.serialize_failures import Failure, Raised
+from wukong.executor.work import Policy
+from wukong.scheduler.costs import Costs
+from wukong.session import News, Session
+from wukong.storage import Store, open_store
+from wukong.storage.rows import TABLES
+
+LONG_S = 20.0
+"""Far more than anything here takes."""
+
+
+def inc(x: int) -> int:
+    return x + 1
+
+
+def fail(x: object) -> None:
+    raise ValueError(x)
+
+
+def ones(n: int) -> Any:
+    return np.ones(n)
+
+
+class Client:
+    """A session, and what it has told."""
+
+    def __init__(self, store: Store, invoker: ThreadPool | ProcessPool) -> None:
+        self.store = store
+        self.news: dict[int, object] = {}
+        self._changed = threading.Condition()
+        self.session = Session(store, invoker, n_workers=2, costs=Costs(), on_news=self._on_news)
+
+    def _on_news(self, batch: Sequence[News]) -> None:
+        with self._changed:
+            for news in batch:
+                assert self.news.keys().isdisjoint(news.values), "told twice"
+                self.news.update((value, news.errors.get(value)) for value in news.values)
+            self._changed.notify_all()
+
+    def extend(self, graph: dict[str, Any], *keys: str, **known: int) -> list[int]:
+        return self.session.extend(graph, keys, known)
+
+    def wait(self, values: Sequence[int]) -> None:
+        with self._changed:
+            done = self._changed.wait_for(lambda: self.news.keys() >= set(values), LONG_S)
+            assert done, f"no news of {set(values) - self.news.keys()}"
+
+    def results(self, values: Sequence[int]) -> list[Any]:
+        self.wait(values)
+        return self.session.read(values)
+
+    def rows(self) -> dict[str, list[str]]:
+        """What the memory store has of the job, but for the job itself."""
+        found = self.store.jobs._jobs[self.session.job]  # type: ignore[attr-defined]  # behind it
+        ids = {table.code: [key for key, _ in found.scan(table)] for table in TABLES}
+        return {code: keys for code, keys in ids.items() if keys and code != "j"}
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + LONG_S
+        while not holds():
+            assert time.monotonic() < end, "it has not come true"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    store = open_store("memory://")
+    pool = ThreadPool(store, 2, Policy(absorb_bytes=0))
+    client = Client(store, pool)
+    yield client
+    client.session.close()
+    pool.close()
+    assert store.jobs.jobs() == ()
+
+
+def test_graphs_build_on_each_other(client: Client) -> None:
+    (a,) = client.extend({"a": (inc, 1)}, "a")
+    (b,) = client.extend({"b": (inc, "a")}, "b", a=a)
+    c, a_again = client.extend({"c": (sum, ["a", "b"])}, "c", "a", a=a, b=b)
+    assert a_again == a
+    assert client.results([a, b, c]) == [2, 3, 5]
+
+
+def test_a_constant_is_a_value_at_once(client: Client) -> None:
+    (a,) = client.extend({"a": 7}, "a")
+    assert client.session.read([a]) == [7]
+    assert client.results(client.extend({"b": (inc, "a")}, "b", a=a)) == [8]
+
+
+def test_scattered_values_are_inputs(client: Client) -> None:
+    values = client.session.put([1, 2, np.ones(100_000)])
+    assert client.session.read(values[:2]) == [1, 2]
+    known = dict(zip("xyz", values, strict=True))
+    (total,) = client.extend({"t": (sum, ["x", "y"])}, "t", **known)
+    assert client.results([total]) == [3]
+    client.session.release([*values, total])
+    assert client.rows() == {"p": ["manifest"]}
+
+
+def test_errors_are_values_and_take_dependents_with_them(client: Client) -> None:
+    a, b, c = client.extend({"a": (fail, 1), "b": (inc, "a"), "c": (inc, 1)}, "a", "b", "c")
+    (d,) = client.extend({"d": (inc, "b")}, "d", b=b)
+    values = client.results([a, b, c, d])
+    assert values[2] == 2
+    for value in (values[0], values[1], values[3]):
+        assert isinstance(value, Raised)
+        assert isinstance(value.error, ValueError)
+    assert [client.news[v] is not None for v in (a, b, c, d)] == [True, True, False, True]
+
+
+def test_a_map_over_futures_takes_few_strands(client: Client) -> None:
+    n = 2_000
+    first = client.session.extend(
+        {f"a{i}": (inc, i) for i in range(n)}, [f"a{i}" for i in range(n)]
+    )
+    known = {f"a{i}": value for i, value in enumerate(first)}
+    graph = {f"b{i}": (inc, f"a{i}") for i in range(n)}
+    second = client.session.extend(graph, list(graph), known)
+    assert client.results(second) == [i + 2 for i in range(n)]
+    assert client.session.counters().view.n_strands <= 2 * 10
+
+
+def test_what_is_released_is_gone(client: Client) -> None:
+    a, b = client.extend({"a": (inc, 1), "b": (inc, "a")}, "a", "b")
+    client.wait([a, b])
+    client.session.release([a])
+    with pytest.raises(KeyError):
+        client.session.read([a])
+    assert client.results(client.extend({"c": (inc, "b")}, "c", b=b)) == [4]
+    client.session.cancel([b, *client.news])
+    client.wait_until(lambda: client.rows() in ({"p": ["manifest"]}, NEARLY_NOTHING(client)))
+    assert client.session.counters().n_held == 0
+
+
+def NEARLY_NOTHING(client: Client) -> dict[str, list[str]]:
+    """Notes stay until the next look."""
+    return {"p": ["manifest"], "n": client.rows().get("n", [])}
+
+
+def test_a_value_pinned_twice_is_released_twice(client: Client) -> None:
+    (a,) = client.extend({"a": (inc, 1)}, "a")
+    client.session.extend({}, ["a"], {"a": a})
+    client.wait([a])
+    client.session.release([a])
+    assert client.session.read([a]) == [2]
+    client.session.release([a])
+    with pytest.raises(KeyError):
+        client.session.read([a])
+
+
+def test_work_that_nobody_needs_is_dropped(client: Client) -> None:
+    gate = threading.Event()
+    begun: list[int] = []
+
+    def wait(x: int) -> int:
+        begun.append(x)
+        gate.wait(LONG_S)
+        return x
+
+    running = client.extend({"a": (wait, 1)}, "a") + client.extend({"b": (wait, 2)}, "b")
+    client.wait_until(lambda: len(begun) == 2)
+    (c,) = client.extend({"c": (wait, 3)}, "c")
+    (d,) = client.extend({"d": (wait, "c")}, "d", c=c)
+    client.session.release([c])
+    assert client.session.counters().n_work == 4
+    client.session.release([d])
+    client.session.cancel(running[:1])
+    assert client.session.counters().n_work == 1
+    gate.set()
+    assert client.results(running[1:]) == [2]
+    assert sorted(begun) == [1, 2]
+
+
+def test_an_input_that_is_not_held_is_refused(client: Client) -> None:
+    (a,) = client.extend({"a": (inc, 1)}, "a")
+    client.session.release([a])
+    with pytest.raises(KeyError):
+        client.extend({"b": (inc, "a")}, "b", a=a)
+
+
+def test_nothing_grows_with_age(client: Client) -> None:
+    for i in range(300):
+        (value,) = client.extend({"a": (inc, i)}, "a")
+        client.wait([value])
+        client.session.release([value])
+    client.wait_until(lambda: len(client.rows().get("n", [])) <= 1)
+    assert client.session.counters().n_work == 0
+    assert {code: len(keys) for code, keys in client.rows().items() if code != "n"} == {"p": 1}
+
+
+@pytest.mark.slow
+def test_lost_values_are_computed_again(tmp_path: Any) -> None:
+    url = f"local://{tmp_path}/store"
+    store = open_store(url)
+    pool = ProcessPool(url, 2, Policy(), store=store, folder=tmp_path)
+    client = Client(store, pool)
+    try:
+        a, b = client.extend({"a": (ones, 100_000), "b": (inc, "a")}, "a", "b")
+        client.wait([a, b])
+        (c,) = client.extend({"c": (fail, "b")}, "c", b=b)
+        client.wait([c])
+        assert store.blobs is not None
+        for blob in list((tmp_path / "store" / "blobs").rglob("*")):
+            if blob.is_file():
+                blob.unlink()
+        first, second, third = client.session.read([a, b, c])
+        assert (first.sum(), second.sum()) == (100_000, 200_000)
+        assert isinstance(third, Failure)
+        assert client.session.counters().view.generation == 1
+        client.session.release([a, b, c])
+        client.wait_until(lambda: store.blobs is not None and not store.blobs.used_bytes())
+    finally:
+        client.session.close()
+        pool.close()
+        store.jobs.close()
+        store.blobs and store.blobs.close()
