@@ -88,27 +88,13 @@ LAYERS: list[tuple[str, ...]] = [
 
 PURE = {
     "wukong.errors",
-    "wukong.executor.core",
-    "wukong.executor.events",
-    "wukong.executor.messages",
-    "wukong.executor.split",
-    "wukong.executor.work",
-    "wukong.rdma.arena",
-    "wukong.rdma.frames",
-    "wukong.rdma.lease",
-    "wukong.rdma.lease_grants",
-    "wukong.rdma.transport",
-    "wukong.scheduler.holdings",
-    "wukong.scheduler.job",
-    "wukong.scheduler.recovery",
-    "wukong.scheduler.strands",
-    "wukong.storage.contract",
-    "wukong.storage.extension",
-    "wukong.storage.oversight",
-    "wukong.storage.rows",
-    "wukong.storage.silence",
-    "wukong.storage.state",
-    "wukong.storage.values",
+    *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),
+    *(f"wukong.rdma.{name}" for name in ["arena", "frames", "lease", "lease_grants", "transport"]),
+    *(f"wukong.scheduler.{name}" for name in ["calls", "holdings", "job", "recovery", "strands"]),
+    *(
+        f"wukong.storage.{name}"
+        for name in ["contract", "extension", "oversight", "rows", "silence", "state", "values"]
+    ),
 }
 # A pure module may name these in annotations (under TYPE_CHECKING) or take their plain data.
 PLAIN_DATA = {"wukong.scheduler.graph"}
