@@ -135,3 +135,13 @@ def close_default_cluster() -> None:
     client = sys.modules.get("wukong.client")
     if client is not None:
         client.close_default_cluster()
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """The endpoint of moto's server, one for all tests."""
+    from moto_service import needs, start_moto
+
+    needs("moto", "boto3", "aiobotocore")
+    with start_moto() as url:
+        yield url

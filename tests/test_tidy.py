@@ -10,12 +10,28 @@ import re
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
 import pytest
+from source_tree import (
+    DASK_INTERNALS,
+    EVERYTHING,
+    MODULES,
+    ROOT,
+    TEXTS,
+    WUKONG,
+    code_lines,
+    functions,
+    imports,
+    matches,
+    module_of,
+    name_of,
+    parsed,
+    protocol_methods,
+    sources,
+    statements,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
@@ -23,6 +39,7 @@ MAX_FUNCTION_LINES = 60
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
+    ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices", "wukong.aws.pace"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
     (
         "wukong.executor.events",
@@ -62,6 +79,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.local*",
         "wukong.storage.redis*",
         "wukong.storage.s3*",
+        "wukong.storage.tiered",
     ),
     ("wukong.storage",),
     ("wukong.executor.core",),
@@ -87,6 +105,8 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 
 PURE = {
+    "wukong.aws.limits",
+    "wukong.aws.platform",
     "wukong.errors",
     *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),
     *(f"wukong.rdma.{name}" for name in ["arena", "frames", "lease", "lease_grants", "transport"]),
@@ -120,10 +140,9 @@ IMPURE_STDLIB = {
 
 # Third-party packages that everybody may import anywhere.
 COMMON_PACKAGES = {"numpy", "dask"}
-DASK_INTERNALS = ("dask._*", "dask.core", "dask.order", "dask.optimization", "dask.highlevelgraph")
 # Other core dependencies: the patterns of the files that own them, at module level or in functions.
 OWNED = {
-    "click": ("wukong.cli",),
+    "click": ("wukong.cli", "wukong.*.commands"),
     "cloudpickle": ("wukong.executor.serialize*",),
     "lmdb": ("wukong.storage.local*",),
     "rich": ("wukong.cli",),
@@ -135,6 +154,7 @@ WHOLE = {"wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"
 OPTIONAL = {
     "IPython": ("wukong.report*",),
     "aiobotocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
+    "aiohttp": ("wukong.aws.lambda_*", "wukong.storage.s3*"),
     "boto3": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "botocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "dask_ml": ("wukong.workloads",),
@@ -160,76 +180,6 @@ MACHINE_PATHS = re.compile(r"(?<![\w.}])/(?:work|home|Users)/\w")
 TRACKER = re.compile(r"\bissues? #?\d+\b|\bfixes #\d+", re.IGNORECASE)
 
 
-def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    """The file's path from the root, with slashes."""
-    return path.relative_to(ROOT).as_posix()
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-WUKONG = sources("wukong")
-MODULES = {module_of(path) for path in WUKONG}
-EVERYTHING = sources("wukong", "bench", "tests")
-TEXTS = sorted(
-    path
-    for pattern in (
-        "*.md",
-        "*.toml",
-        "Makefile",
-        "docs/**/*.md",
-        "wukong/**/*.yaml",
-        "wukong/**/*.lua",
-    )
-    for path in ROOT.glob(pattern)
-)
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the statements right below the node; expressions, which are most nodes, hold none."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr | ast.expr_context):
-            yield child
-
-
-@cache
-def imports(path: Path) -> list[tuple[int, str, bool, bool]]:
-    """(line, module, in a function, for annotations only) of every absolute import."""
-
-    def walk(
-        node: ast.AST, in_function: bool, typing_only: bool
-    ) -> Iterator[tuple[int, str, bool, bool]]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name, in_function, typing_only
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                # `from package import module` imports the module; any other name is the package's.
-                known = whole in MODULES or matches(whole, DASK_INTERNALS)
-                yield node.lineno, whole if known else node.module, in_function, typing_only
-        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for child in statements(node):
-            yield from walk(child, inside, typing_only or is_type_checking(node))
-
-    return list(walk(parsed(path), False, False))
-
-
 def place(module: str) -> tuple[int, str] | None:
     """The layer's number and the pattern that names the module; an exact name goes first."""
     found = [
@@ -239,52 +189,6 @@ def place(module: str) -> tuple[int, str] | None:
         if fnmatchcase(module, pattern)
     ]
     return min(found)[1:] if found else None
-
-
-def matches(module: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(module, pattern) for pattern in patterns)
-
-
-def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Yield every function with its dotted name inside the file."""
-
-    def walk(
-        node: ast.AST, prefix: str
-    ) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-        for child in statements(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield prefix + child.name, child
-                yield from walk(child, f"{prefix}{child.name}.")
-            elif isinstance(child, ast.ClassDef):
-                yield from walk(child, f"{prefix}{child.name}.")
-            else:
-                yield from walk(child, prefix)
-
-    yield from walk(parsed(path), "")
-
-
-def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from `def` to the end, the docstring not counted."""
-    assert function.end_lineno is not None
-    lines = function.end_lineno - function.lineno + 1
-    first = function.body[0]
-    if ast.get_docstring(function, clean=False) is not None and first.end_lineno is not None:
-        lines -= first.end_lineno - first.lineno + 1
-    return lines
-
-
-@cache
-def protocol_methods() -> set[str]:
-    """Names of the methods that some protocol of the package declares with a docstring."""
-    return {
-        item.name
-        for path in WUKONG
-        for node in parsed(path).body
-        if isinstance(node, ast.ClassDef)
-        and any(ast.unparse(base).startswith("Protocol") for base in node.bases)
-        for item in node.body
-        if isinstance(item, ast.FunctionDef) and ast.get_docstring(item)
-    }
 
 
 @pytest.fixture(scope="module", autouse=True)

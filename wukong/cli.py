@@ -4,6 +4,7 @@ Prints, and knows how things look; what is computed is in `wukong.workloads`, an
 over many rounds is in the `bench` package of the source tree.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -38,6 +39,7 @@ EXTRAS = {
     "client": ("distributed",),
     "redis": ("redis",),
     "aws": ("boto3", "aiobotocore"),
+    "lambda": ("aiohttp", "awslambdaric"),
     "rdma": ("pyverbs",),
     "bench": ("distributed", "matplotlib", "psutil", "scikit-learn", "dask-ml", "pandas"),
     "test": ("pytest", "hypothesis", "mypy", "ruff", "psutil", "xarray"),
@@ -53,7 +55,28 @@ SHARED_MEMORY = Path("/dev/shm")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# Commands whose modules are imported when they are called, or listed.
+ELSEWHERE = {"lambda-local": "wukong.aws.commands:lambda_local"}
+
+
+class _Commands(click.Group):
+    """The commands of this file, and those of `ELSEWHERE`."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *ELSEWHERE])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in ELSEWHERE:
+            return super().get_command(context, name)
+        module, _, attribute = ELSEWHERE[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="wukong", prog_name="wukong")
 def main() -> None:
     """Run Dask graphs on executors that invoke each other, without a scheduler.

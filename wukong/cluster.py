@@ -16,7 +16,7 @@ from wukong import config
 from wukong.cluster_base import Cluster, executor_policy
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_threads import ThreadPool
-from wukong.storage import open_store
+from wukong.storage import BLOBS_PRELOAD, open_store, resolve_blobs
 from wukong.storage.local_files import (
     POOLS,
     default_directory,
@@ -37,6 +37,8 @@ class LocalCluster(Cluster):
         directory: where the store lives (processes only). By default a new directory in shared
             memory that goes with the cluster; a given one stays, with its unfinished jobs, and
             `wukong.attach` finds them there.
+        blobs: where large values go instead of this machine's memory: `s3://bucket/prefix`, with
+            options as `open_store` takes them (processes only).
         memory_limit: bytes of stored values before they go to disk.
         timeout_s: each job ends in `JobTimeout` after this long.
     Raises:
@@ -52,6 +54,7 @@ class LocalCluster(Cluster):
         processes: bool = True,
         *,
         directory: str | os.PathLike[str] | None = None,
+        blobs: str | None = None,
         memory_limit: int | None = None,
         timeout_s: float | None = None,
     ) -> None:
@@ -61,11 +64,16 @@ class LocalCluster(Cluster):
         self.processes = processes
         self.directory = ""
         self._memory_limit = memory_limit or config.get("local.memory-limit")
+        self._blobs = blobs
         self._others: dict[int, LocalCluster] = {}
         """By number of executors; see `get`."""
         self._own_directory = None
         policy = executor_policy(is_measured=processes)
         options: dict[str, Any] = {"silence_s": float(config.get("job.silence-s"))}
+        preload = tuple(config.get("local.preload"))
+        if blobs is not None:
+            options["blobs"] = resolve_blobs(blobs)
+            preload += BLOBS_PRELOAD
         if processes:
             remove_stale()
             if directory is None:
@@ -80,7 +88,7 @@ class LocalCluster(Cluster):
                 policy,
                 store=store,
                 store_options=options,
-                preload=tuple(config.get("local.preload")),
+                preload=preload,
                 folder=Path(self.directory) / POOLS,
             )
         else:
@@ -97,6 +105,7 @@ class LocalCluster(Cluster):
                 cluster = self._others[n_workers] = LocalCluster(
                     n_workers,
                     self.processes,
+                    blobs=self._blobs,
                     memory_limit=self._memory_limit,
                     timeout_s=self._timeout_s,
                 )

@@ -214,10 +214,10 @@ class JobRun:
             return Unreadable(unreadable.exports)
         return Collected(located)
 
-    def _forget(self) -> None:
+    def _forget(self, has_blobs: bool = True) -> None:
         try:
             self._jobs.forget(self._job)
-            if self._blobs is not None:
+            if self._blobs is not None and has_blobs:  # where blobs are far away, to ask takes long
                 self._blobs.delete_job(self._job)
         except StoreUnavailable as error:
             logger.warning("job %s: not removed (%s); its lease ends by itself", self._job, error)
@@ -230,7 +230,7 @@ class JobRun:
         if finish.end is End.STORE_DOWN:
             self._is_there = False  # somebody may attach to it later
         elif self._blobs is not None and self._is_small(finish):
-            self._chores.add(self._forget)
+            self._chores.add(lambda: self._forget(has_blobs=False))
             self._is_there = False
         else:
             self._forget()

@@ -165,6 +165,7 @@ class ExecutorCore:
             case AbsorbAnswered(Refused()):
                 return self._put()
             case Put(entries):
+                self._held().blobs += tuple(e.blob for _, e in entries if e.blob is not None)
                 return self._commit(entries)
             case Broken(error):
                 return self._fail(error)
@@ -307,9 +308,9 @@ class ExecutorCore:
         return [PutValues(tuple(items))]
 
     def _blob(self, work: Work) -> BlobId:
-        blob = BlobId(f"{work.job}/{work.attempt}/{len(work.blobs)}")
-        work.blobs += (blob,)
-        return blob
+        """The stem of the next blob's id; the answer to the put has the id."""
+        work.n_blobs += 1
+        return BlobId(f"{work.job}/{work.attempt}/{work.n_blobs - 1}")
 
     def _commit(self, entries: tuple[tuple[ExportId, Entry], ...]) -> list[Action]:
         work = self._held()

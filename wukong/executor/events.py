@@ -223,7 +223,7 @@ class PutItem(NamedTuple):
     export: ExportId
     tasks: tuple[int, ...]
     blob: BlobId | None
-    """None: encode it inline."""
+    """The stem of its blob's id; None: encode it inline."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class ProcessPool:
         policy: Policy,
         *,
         store: Store,
-        store_options: Mapping[str, float | int | None] | None = None,
+        store_options: Mapping[str, float | int | str | None] | None = None,
         preload: Sequence[str] = PRELOAD,
         env: Mapping[str, str] | None = None,
         folder: Path | None = None,

@@ -66,7 +66,7 @@ class Settings:
     entry: str
     """What an executor does: "module:function", called with the seat and these settings."""
     store_url: str
-    store_options: Mapping[str, float | int | None]
+    store_options: Mapping[str, float | int | str | None]
     """Further arguments of `open_store`."""
     policy: Policy
     preload: tuple[str, ...]

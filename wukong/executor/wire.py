@@ -26,7 +26,7 @@ from wukong.executor.serialize_failures import (
 )
 from wukong.executor.serialize_programs import Program, decode_program, encode_program
 from wukong.storage import Store
-from wukong.storage.contract import BlobStore
+from wukong.storage.contract import BlobStore, sized_id, stem_of
 
 PROGRAM_INLINE_BYTES = 64 * 1024
 """Programs up to this size are rows of the job; larger ones are blobs."""
@@ -75,6 +75,7 @@ class PutRequest:
     tasks: tuple[int, ...]
     values: list[object]
     blob: BlobId | None
+    """The stem of the blob's id; the entry has the id. None: inline."""
 
 
 class Wire(Protocol):
@@ -104,7 +105,7 @@ class Wire(Protocol):
         ...
 
     def put_program(self, program: Program, blob: BlobId) -> Entry:
-        """Make the entry of a strand's program: inline if it is small, else that blob."""
+        """Make the entry of a strand's program: inline if it is small, else a blob of that stem."""
         ...
 
     def read_program(self, entry: Entry) -> Program:
@@ -208,13 +209,14 @@ class SignedWire:
         blobs: list[tuple[BlobId, Encoded]] = []
         for request in requests:
             encoded = self._encode(request)
-            payload = None
+            payload = blob = None
             if request.blob is None:
                 payload = encoded.join()
             else:
-                blobs.append((request.blob, encoded))
+                blob = sized_id(request.blob, encoded.size_bytes)
+                blobs.append((blob, encoded))
             n_errors = _count(request.values)
-            entry = Entry(request.tasks, request.blob, payload, encoded.size_bytes, n_errors)
+            entry = Entry(request.tasks, blob, payload, encoded.size_bytes, n_errors)
             made.append((request.export, entry))
             for value in request.values:
                 if len(self._owners) < OWNERS_KEPT and owns_something(value):
@@ -266,7 +268,7 @@ class SignedWire:
                 # A copy that can be written to: tasks expect to own small arrays.
                 buffer, context = bytearray(entry.payload), self._context(export)  # type: ignore[call-overload]  # bytes, since put() encoded it
             else:
-                buffer, context = views[entry.blob], self._context(entry.blob)
+                buffer, context = views[entry.blob], self._context(stem_of(entry.blob))
             try:
                 decoded = self._codec.decode(buffer, context)
             except CorruptBlob as error:
@@ -302,6 +304,7 @@ class SignedWire:
         self._traffic.copied_bytes += encoded.copied_bytes
         if encoded.size_bytes <= PROGRAM_INLINE_BYTES:
             return Entry((), None, encoded.join(), encoded.size_bytes, 0)
+        blob = sized_id(blob, encoded.size_bytes)
         self._put_blobs([(blob, encoded)])
         return Entry((), blob, None, encoded.size_bytes, 0)
 

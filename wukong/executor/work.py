@@ -78,6 +78,8 @@ class Work:
     failed: bytes | object | None = None
     blobs: tuple[BlobId, ...] = ()
     """Blobs that this attempt has put and not yet committed."""
+    n_blobs: int = 0
+    """Blobs that it has named."""
     is_once: bool = False
     """A task of the part may not be run again."""
     run_at: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
@@ -15,6 +15,9 @@ from wukong.storage.memory import MemoryJobStore
 
 BLOBS_PER_MEMORY = 0.4
 """Part of the machine's memory that blobs may fill before they are spilled to disk."""
+
+BLOBS_PRELOAD = ("boto3", "aiobotocore.session")
+"""What executors import when large blobs are in S3: worth doing once for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Store:
 def open_store(
     url: str,
     *,
+    blobs: str | None = None,
     silence_s: float = 10.0,
     limit_bytes: int | None = None,
     clock: Callable[[], float] = monotonic,
@@ -39,6 +43,10 @@ def open_store(
 
     Args:
         url: `memory://`, a new store for this process each time, or `local:///directory`.
+        blobs: where large blobs go instead: `s3://bucket/prefix`, with options as
+            `?region=eu-west-1&endpoint_url=...&tier_bytes=65536` (the names and defaults stand in
+            the configuration, under `wukong.s3`). Blobs below `tier_bytes` stay with the jobs; 0
+            sends all of them there.
         silence_s: a running token without heartbeat for this long counts as dead.
         limit_bytes: of blobs in shared memory, before the rest goes to disk; None: a part of what
             the machine has.
@@ -48,6 +56,32 @@ def open_store(
         SecurityError: others may write to the directory.
         StoreUnavailable: the directory cannot be used.
     """
+    if blobs is None:
+        return _open(url, silence_s, limit_bytes, clock)
+    from wukong.storage.s3 import S3Blobs
+    from wukong.storage.s3_session import parse_url
+    from wukong.storage.tiered import TieredBlobs
+
+    options = parse_url(blobs)
+    store = _open(url, silence_s, limit_bytes, clock)
+    if store.blobs is None:
+        raise ValueError(f"{url} holds objects, which never become blobs; leave `blobs` out")
+    return replace(store, blobs=TieredBlobs(store.blobs, S3Blobs(options), options.tier_bytes))
+
+
+def resolve_blobs(blobs: str) -> str:
+    """The URL that means to executors what this one means here: the configuration is in it.
+
+    Raises:
+        ValueError: it names no place for blobs.
+    """
+    from wukong.storage.s3_session import parse_url
+
+    return parse_url(blobs).url()
+
+
+def _open(url: str, silence_s: float, limit_bytes: int | None, clock: Callable[[], float]) -> Store:
+    """Open a store with the blob store that is its own."""
     parts = urlsplit(url)
     if url == "memory://":
         return Store(MemoryJobStore(silence_s, clock), None, secrets.token_bytes(32))

@@ -241,10 +241,27 @@ class QueueStore(JobStore, Protocol):
         ...
 
 
+def sized_id(stem: str, size_bytes: int) -> BlobId:
+    """The id of a blob: its stem, "job/attempt/number", and its exact size."""
+    return BlobId(f"{stem}-{size_bytes}")
+
+
+def stem_of(blob: BlobId) -> str:
+    """What a blob's id was made of."""
+    return blob.rpartition("-")[0] or blob
+
+
+def size_of_blob(blob: BlobId) -> int:
+    """The size of a blob, in bytes, from its id alone; 0 where the id does not say."""
+    _, _, size = blob.rpartition("-")
+    return int(size) if size.isdecimal() else 0
+
+
 class BlobStore(Protocol):
     """Encoded values under ids that are never used twice. Thread-safe.
 
-    An id is "job/attempt/number". A blob is written once and never changed.
+    An id is "job/attempt/number-size" (see `sized_id`), so that a store can tell from it, without
+    asking anybody, where a blob lies and how to fetch it. A blob is written once and never changed.
     """
 
     def put_many(self, items: Sequence[tuple[BlobId, Sequence[memoryview]]]) -> None:

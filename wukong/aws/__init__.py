@@ -1,0 +1,1 @@
+"""AWS: the deployment, what it costs, and the local service that stands in for Lambda."""
