@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 SHELL := /bin/bash
 
-.PHONY: venv demo test test-fast test-full check bench clean
+.PHONY: venv demo test test-fast test-full test-rdma check bench clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,12 @@ check: venv
 test: check
 	$(BIN)/python -m pytest -q -m "not slow"
 	$(BIN)/python -m pytest -q -m "slow"
+
+	$(MAKE) test-rdma
+
+# What needs an RDMA device, in a guest kernel that has one; builds that kernel once.
+test-rdma: venv
+	$(BIN)/python -m tests.rdma_guest
 
 test-fast: venv
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -29,12 +29,12 @@ def test_the_version_is_shown(runner: CliRunner) -> None:
 def test_doctor_says_how_to_get_what_is_missing(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_version", lambda name: None if name == "pyverbs" else "1.0")
+    monkeypatch.setattr(cli, "_version", lambda name: None if name == "ibverbs" else "1.0")
     with cli.console.capture() as capture:
         result = runner.invoke(cli.main, ["doctor"])
     text = " ".join(capture.get().replace("│", " ").split())
     assert result.exit_code == 0
-    assert "pyverbs: pip install" in text
+    assert "ibverbs: pip install" in text
     assert "[rdma]" in text
     assert "rdma-core" in text
 

@@ -57,6 +57,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.rdma.arena",
         "wukong.rdma.frames",
         "wukong.rdma.lease*",
+        "wukong.rdma.queue_pairs",
         "wukong.rdma.transport",
         "wukong.trace",
     ),
@@ -84,7 +85,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.storage",),
     ("wukong.executor.core",),
     ("wukong.executor.wire",),
-    ("wukong.executor.recorder",),
+    ("wukong.executor.recorder", "wukong.rdma.ports"),
     ("wukong.executor.run", "wukong.rdma.verbs"),
     (
         "wukong.executor.pool*",
@@ -109,7 +110,10 @@ PURE = {
     "wukong.aws.platform",
     "wukong.errors",
     *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),
-    *(f"wukong.rdma.{name}" for name in ["arena", "frames", "lease", "lease_grants", "transport"]),
+    *(
+        f"wukong.rdma.{name}"
+        for name in ["arena", "frames", "lease", "lease_grants", "queue_pairs", "transport"]
+    ),
     *(f"wukong.scheduler.{name}" for name in ["calls", "holdings", "job", "recovery", "strands"]),
     *(
         f"wukong.storage.{name}"
@@ -159,6 +163,7 @@ OPTIONAL = {
     "botocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "dask_ml": ("wukong.workloads",),
     "distributed": ("wukong.scheduler.dask_*",),
+    "ibverbs": ("wukong.rdma.verbs",),
     "matplotlib": ("wukong.report*",),
     "pyverbs": ("wukong.rdma.verbs",),
     "redis": ("wukong.storage.redis*",),

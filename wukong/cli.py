@@ -40,12 +40,12 @@ EXTRAS = {
     "redis": ("redis",),
     "aws": ("boto3", "aiobotocore"),
     "lambda": ("aiohttp", "awslambdaric"),
-    "rdma": ("pyverbs",),
+    "rdma": ("ibverbs",),
     "bench": ("distributed", "matplotlib", "psutil", "scikit-learn", "dask-ml", "pandas"),
     "test": ("pytest", "hypothesis", "mypy", "ruff", "psutil", "xarray"),
 }
 SYSTEM_PACKAGES = {
-    "rdma": "also the system's rdma-core (Debian: apt install rdma-core libibverbs1)"
+    "rdma": "also the system's rdma-core (Debian: apt install ibverbs-providers)"
 }
 CORE = ("dask", "numpy", "cloudpickle", "lmdb", "click", "rich")
 
@@ -401,6 +401,7 @@ def _machine_table() -> Table:
         table.add_row("shared memory", f"{_bytes(usage.total)}, {_bytes(usage.free)} free")
     table.add_row("executors", "processes forked by a small process of their own, or threads")
     table.add_row("BLAS", _blas())
+    table.add_row("RDMA", _rdma())
     return table
 
 
@@ -444,6 +445,17 @@ def _blas() -> str:
         f"{library['internal_api']} {library['version']}, {library['num_threads']} threads"
         for library in threadpool_info()
     )
+
+
+def _rdma() -> str:
+    """The ports that leased executors are reached by, or what is missing for that."""
+    from wukong.rdma.ports import find_ports
+    from wukong.rdma.transport_verbs import missing
+    from wukong.rdma.verbs import find_bindings
+
+    ports = ", ".join(f"{port.device} port {port.number}" for port in find_ports())
+    # Square brackets are rich's: those of an extra's name are shown as they are.
+    return missing().replace("[", "\\[") or f"{ports}, by {find_bindings()[0]}"
 
 
 def _bytes(n_bytes: float) -> str:
