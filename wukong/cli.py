@@ -44,9 +44,7 @@ EXTRAS = {
     "bench": ("distributed", "matplotlib", "psutil", "scikit-learn", "dask-ml", "pandas"),
     "test": ("pytest", "hypothesis", "mypy", "ruff", "psutil", "xarray"),
 }
-SYSTEM_PACKAGES = {
-    "rdma": "also the system's rdma-core (Debian: apt install ibverbs-providers)"
-}
+SYSTEM_PACKAGES = {"rdma": "also the system's rdma-core (Debian: apt install ibverbs-providers)"}
 CORE = ("dask", "numpy", "cloudpickle", "lmdb", "click", "rich")
 
 # A pool's blobs lie in shared memory: with less than this a GEMM of moderate size does not fit.
