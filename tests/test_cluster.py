@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 import time
+from typing import Any
 
 import dask
 import dask.array as da
@@ -293,3 +294,21 @@ def test_an_executor_that_is_stuck_in_an_ended_job_is_replaced(mode, end) -> Non
 def test_attaching_to_an_unknown_job_names_those_that_exist(cluster) -> None:
     with pytest.raises(errors.JobNotFound, match="no job 'x' here; there are: none"):
         cluster.attach("x")
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ({"host": "0.0.0.0:8786"}, "distributed.Client"),
+        ({"proxy_address": "10.0.0.1"}, "LambdaCluster"),
+        ({"num_fargate_nodes": 25}, "rediss"),
+    ],
+)
+def test_arguments_of_the_first_version_are_answered(argument: dict[str, Any], answer: str) -> None:
+    with (
+        pytest.warns(FutureWarning, match=answer) as caught,
+        wukong.LocalCluster(1, processes=False, **argument) as cluster,
+    ):
+        assert cluster.get({"x": 1}, "x") == 1
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

@@ -39,7 +39,7 @@ MAX_FUNCTION_LINES = 60
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
-    ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices", "wukong.aws.pace"),
+    ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
     (
         "wukong.executor.events",
@@ -106,7 +106,9 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 
 PURE = {
+    "wukong.aws.prices",
     "wukong.aws.limits",
+    "wukong.executor.aws_lambda_pace",
     "wukong.aws.platform",
     "wukong.errors",
     *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),

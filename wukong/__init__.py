@@ -8,10 +8,14 @@
        -> client              watches the job, gathers the requested keys
 
 After `import wukong`, `x.compute(scheduler="wukong")` runs on processes of this machine; a
-`LocalCluster` gives their number, threads instead, and a report of each job.
+`LocalCluster` gives their number, threads instead, and a report of each job. A
+`LambdaCluster` has functions of AWS Lambda as executors.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import dask.base
 
@@ -22,7 +26,20 @@ from wukong.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["LocalCluster", "Report", "attach", "errors", "get"]
+__all__ = ["LambdaCluster", "LocalCluster", "Report", "attach", "errors", "get"]
+
+if TYPE_CHECKING:
+    from wukong.cluster_lambda import LambdaCluster
+
+# Imported at first use: who runs graphs on this machine shall not wait for them.
+_LATER = {"LambdaCluster": "wukong.cluster_lambda"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 config.register()
 dask.base.named_schedulers["wukong"] = get

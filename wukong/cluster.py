@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class LocalCluster(Cluster):
             options as `open_store` takes them (processes only).
         memory_limit: bytes of stored values before they go to disk.
         timeout_s: each job ends in `JobTimeout` after this long.
+        host, proxy_address, num_fargate_nodes: of Wukong's first version (2020); they have no
+            effect, and a warning says what replaces them.
     Raises:
         StoreUnavailable: the directory cannot be used.
     Cost: processes are ready within a second; they start while this returns.
@@ -57,7 +60,16 @@ class LocalCluster(Cluster):
         blobs: str | None = None,
         memory_limit: int | None = None,
         timeout_s: float | None = None,
+        host: object = None,
+        proxy_address: object = None,
+        num_fargate_nodes: object = None,
     ) -> None:
+        former = {
+            "host": host,
+            "proxy_address": proxy_address,
+            "num_fargate_nodes": num_fargate_nodes,
+        }
+        answer_former(former)
         if n_workers is not None and n_workers < 1:
             raise ValueError(f"n_workers is {n_workers}; give 1 or more, or None for one a core")
         n_workers = n_workers or len(os.sched_getaffinity(0))
@@ -130,3 +142,22 @@ class LocalCluster(Cluster):
     def __repr__(self) -> str:
         kind = "processes" if self.processes else "threads"
         return self._describe(f"{self.n_workers} {kind}")
+
+
+FORMER = {
+    "host": "a cluster listens nowhere by itself: distributed.Client(cluster) connects to it, and "
+    "cluster.serve(address) chooses where",
+    "proxy_address": "there is no proxy any more: executors invoke each other, and a large fan-out "
+    "is split among them; for functions of AWS Lambda give "
+    "wukong.LambdaCluster(function, store=..., blobs=...)",
+    "num_fargate_nodes": "values are not kept on Fargate nodes any more: give "
+    'wukong.LambdaCluster a store="rediss://..." and blobs="s3://..."',
+}
+"""Arguments of the first version, and what replaces each."""
+
+
+def answer_former(arguments: dict[str, object]) -> None:
+    """Warn of arguments that had a meaning once, and say what replaces them."""
+    for name, value in arguments.items():
+        if value is not None:
+            warnings.warn(f"{name}={value!r} has no effect: {FORMER[name]}", FutureWarning, 3)

@@ -29,7 +29,7 @@ from wukong.scheduler.graph import plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.scheduler.plan import Plan
 from wukong.storage import Store
-from wukong.submit import Submission, cut_plan, submit_plan
+from wukong.submit import LEAST_STRAND_S, Submission, cut_plan, submit_plan
 
 CANCEL_S = 5.0
 """A cluster that is closed waits so long for threads to notice that their jobs are cancelled."""
@@ -67,6 +67,8 @@ class Cluster:
         self._costs = Costs()
         self._chores = Chores()
         self._is_cut = bool(config.get("executor.strands"))
+        self._least_strand_s = LEAST_STRAND_S
+        """Large where invoking is dear."""
 
     # -------------------------------------------------------------- running graphs
 
@@ -142,7 +144,9 @@ class Cluster:
         self._check_open()
         submission = submit_plan(
             plan,
-            cut_plan(plan, self.n_workers, self._costs if self._is_cut else None),
+            cut_plan(
+                plan, self.n_workers, self._costs if self._is_cut else None, self._least_strand_s
+            ),
             self._store,
             fail_fast=True,
             n_retries=int(config.get("job.retries")),

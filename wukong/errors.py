@@ -92,6 +92,12 @@ class PayloadTooLarge(InvokeError, ValueError):
     """An invocation is larger than the platform takes; send it through the store."""
 
 
+class VersionMismatch(InvokeError, RuntimeError):
+    """Client and executors have other versions of Python or of a package, so that one cannot read
+    what the other pickles. Nothing was started; the message says what differs and how to mend it.
+    """
+
+
 class LeaseError(WukongError):
     """A lease on executors cannot be used; see the subclasses."""
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from wukong.aws.prices import JobCost
 from wukong.executor.messages import JobView, Status
 from wukong.report_columns import (
     TaskColumns,
@@ -86,6 +87,8 @@ class Report:
         self._client = client
         self.wall_s = wall_s
         """From the request to the results, in seconds."""
+        self.cost: JobCost | None = None
+        """What it cost, where executors are paid for."""
 
     @cached_property
     def records(self) -> list[RunRecord]:
@@ -273,6 +276,7 @@ class Report:
             "job": self.job,
             "status": self.status,
             **{name: getattr(self, name) for name in _COUNTERS},
+            **(self.cost.to_dict() if self.cost else {}),
         }
 
     def to_chrome_trace(self, path: Path) -> None:
@@ -339,6 +343,8 @@ class Report:
                 for (name, text), group in zip(row, groups)
             ]
             lines.append("   ".join(padded))
+        if self.cost is not None:
+            lines.append(f"cost: {self.cost}")
         return "\n  ".join(lines)
 
     def _repr_html_(self) -> str:

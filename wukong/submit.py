@@ -156,22 +156,25 @@ def _describe(
     return manifest, request
 
 
-def cut_plan(plan: Plan, n_executors: int, costs: Costs | None) -> Strands:
+def cut_plan(
+    plan: Plan, n_executors: int, costs: Costs | None, least_strand_s: float = LEAST_STRAND_S
+) -> Strands:
     """Cut a plan for so many executors.
 
     Args:
+        least_strand_s: what a strand is worth at least, in seconds of work.
         costs: what is known of the plan's functions; None makes every task a strand of its own
             (to measure what strands are worth).
     """
     requested = sorted({slot for slot in _slots(plan.requested) if slot >= 0})
     if len(plan.keys) == 1:
         return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=1.0)
-    grain, seconds = choose_grain(plan, n_executors, costs)
+    grain, seconds = choose_grain(plan, n_executors, costs, least_strand_s)
     return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=grain, costs=seconds)
 
 
 def choose_grain(
-    plan: Plan, n_executors: int, costs: Costs | None
+    plan: Plan, n_executors: int, costs: Costs | None, least_strand_s: float = LEAST_STRAND_S
 ) -> tuple[float, NDArray[np.float64] | None]:
     """What a strand should cost, and what each task does; in tasks if nothing is known of them."""
     seconds = None
@@ -182,7 +185,7 @@ def choose_grain(
         seconds = costs.estimate(plan.calls)
     if seconds is not None:
         seconds = np.maximum(seconds, LEAST_TASK_S)
-        grain = max(LEAST_STRAND_S, float(seconds.sum()) / (STRANDS_PER_EXECUTOR * n_executors))
+        grain = max(least_strand_s, float(seconds.sum()) / (STRANDS_PER_EXECUTOR * n_executors))
     return max(grain, 0.5) if seconds is None else grain, seconds
 
 

@@ -48,6 +48,11 @@ class Recorder:
             self._fetched_at = time.time()
             self._clock_at = time.perf_counter()
 
+    @property
+    def task_begun_at(self) -> float:
+        """When the task that runs was begun, on the clock of `ended`."""
+        return self.ended[-1] if self.ended else self._clock_at
+
     def close(self, tasks: tuple[int, ...]) -> None:
         """These tasks have ended, in this order, and belong to the next record."""
         self._tasks.extend(tasks)
