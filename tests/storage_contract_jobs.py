@@ -255,53 +255,6 @@ class JobContract(WatchedJobs):
         reply = store.commit(commit("job.1.1", "n", outputs=(output("1", 2, feeds=feeds),)))
         assert reply == Receipt(None, (invocation("n.0"),), ())
 
-    # -------------------------------------------------------------- the queue
-
-    def test_take_starts_what_was_queued_first(self, backend: Backend) -> None:
-        backend.store.create(create("b"))
-        backend.store.create(create("a"))
-        taken = [backend.store.take("h", f"t{i}") for i in range(4)]
-        assert [t.token for t in taken if t] == ["b.0.0", "b.0.1", "a.0.0", "a.0.1"]
-        assert [t.attempt for t in taken if t] == ["t0", "t1", "t2", "t3"]
-        assert (backend.store.take("h", "t4"), backend.store.n_queued()) == (None, 0)
-        view = backend.store.view("a")
-        assert view is not None
-        assert (view.n_running, view.n_starts) == (2, 2)
-
-    def test_take_prefers_the_higher_priority(self, backend: Backend) -> None:
-        for job, priority in (("low", -5), ("usual", 0), ("high", 7)):
-            backend.store.create(create(job, entries=("0",), priority=priority))
-        taken = [backend.store.take("h", f"t{i}") for i in range(3)]
-        assert [t.job for t in taken if t] == ["high", "usual", "low"]
-
-    def test_take_gives_what_a_start_has_taken_to_nobody(self, store: QueueStore) -> None:
-        taken = store.take("h", "b")
-        assert taken is not None
-        assert taken.token == T1
-        assert store.take("h", "c") is None
-
-    def test_a_released_token_is_queued_at_the_end(self, store: QueueStore) -> None:
-        store.release("h", "died")
-        taken = [store.take("h", f"t{i}") for i in range(2)]
-        assert [t.token for t in taken if t] == [T1, T0]
-
-    def test_take_skips_jobs_that_are_over(self, store: QueueStore) -> None:
-        store.create(create("job2", entries=("0",)))
-        store.commit(commit(T0, outputs=(output("0", 1, requested=True),)))
-        assert self.view().status is Status.DONE
-        taken = store.take("h", "b")
-        assert taken is not None
-        assert taken.job == "job2"
-        assert store.n_queued() == 0
-        store.forget("job")
-        assert store.n_queued() == 0
-
-    def test_a_minted_strand_is_queued_and_a_become_one_is_not(self, store: QueueStore) -> None:
-        feeds = (Feed("2", 1), Feed("3", 1))
-        store.commit(commit(T0, outputs=(output("0", 1, consumers=2, feeds=feeds),), become="n"))
-        taken = [store.take("h", f"t{i}") for i in range(3)]
-        assert [t and t.token for t in taken] == [T1, "a.1", None]
-
     # -------------------------------------------------------------- waiting
 
     def test_wait_wakes_at_the_end(self, store: QueueStore) -> None:
@@ -402,3 +355,52 @@ class JobContract(WatchedJobs):
         assert (view.status, view.n_tasks_done, view.n_starts) == (Status.DONE, 100, 100)
         (located,) = store.results("job")
         assert sorted(t for e in located.entries for t in e.tasks) == list(range(100))
+
+
+class QueueContract(UsualBeginning):
+    """What stores do besides whose queued tokens are the queue of a pool."""
+
+    def test_take_starts_what_was_queued_first(self, backend: Backend) -> None:
+        backend.store.create(create("b"))
+        backend.store.create(create("a"))
+        taken = [backend.store.take("h", f"t{i}") for i in range(4)]
+        assert [t.token for t in taken if t] == ["b.0.0", "b.0.1", "a.0.0", "a.0.1"]
+        assert [t.attempt for t in taken if t] == ["t0", "t1", "t2", "t3"]
+        assert (backend.store.take("h", "t4"), backend.store.n_queued()) == (None, 0)
+        view = backend.store.view("a")
+        assert view is not None
+        assert (view.n_running, view.n_starts) == (2, 2)
+
+    def test_take_prefers_the_higher_priority(self, backend: Backend) -> None:
+        for job, priority in (("low", -5), ("usual", 0), ("high", 7)):
+            backend.store.create(create(job, entries=("0",), priority=priority))
+        taken = [backend.store.take("h", f"t{i}") for i in range(3)]
+        assert [t.job for t in taken if t] == ["high", "usual", "low"]
+
+    def test_take_gives_what_a_start_has_taken_to_nobody(self, store: QueueStore) -> None:
+        taken = store.take("h", "b")
+        assert taken is not None
+        assert taken.token == T1
+        assert store.take("h", "c") is None
+
+    def test_a_released_token_is_queued_at_the_end(self, store: QueueStore) -> None:
+        store.release("h", "died")
+        taken = [store.take("h", f"t{i}") for i in range(2)]
+        assert [t.token for t in taken if t] == [T1, T0]
+
+    def test_take_skips_jobs_that_are_over(self, store: QueueStore) -> None:
+        store.create(create("job2", entries=("0",)))
+        store.commit(commit(T0, outputs=(output("0", 1, requested=True),)))
+        assert self.view().status is Status.DONE
+        taken = store.take("h", "b")
+        assert taken is not None
+        assert taken.job == "job2"
+        assert store.n_queued() == 0
+        store.forget("job")
+        assert store.n_queued() == 0
+
+    def test_a_minted_strand_is_queued_and_a_become_one_is_not(self, store: QueueStore) -> None:
+        feeds = (Feed("2", 1), Feed("3", 1))
+        store.commit(commit(T0, outputs=(output("0", 1, consumers=2, feeds=feeds),), become="n"))
+        taken = [store.take("h", f"t{i}") for i in range(3)]
+        assert [t and t.token for t in taken] == [T1, "a.1", None]

@@ -18,7 +18,7 @@ pytest.register_assert_rewrite(
 )
 
 from storage_contract import SILENCE_S, Clock, TokenContract
-from storage_contract_jobs import JobContract
+from storage_contract_jobs import JobContract, QueueContract
 from storage_contract_open import OpenContract
 from storage_walk import Walk
 
@@ -64,7 +64,7 @@ class TestMemoryTokens(TokenContract):
         return MemoryBackend()
 
 
-class TestMemoryJobs(JobContract):
+class TestMemoryJobs(JobContract, QueueContract):
     @pytest.fixture
     def backend(self) -> MemoryBackend:
         return MemoryBackend()
@@ -89,7 +89,7 @@ class TestLocalTokens(TokenContract):
         return local_backend
 
 
-class TestLocalJobs(JobContract):
+class TestLocalJobs(JobContract, QueueContract):
     @pytest.fixture
     def backend(self, local_backend: LocalBackend) -> LocalBackend:
         return local_backend

@@ -76,6 +76,11 @@ class StoreUnavailable(StoreError, ConnectionError):
     """
 
 
+class StoreFull(StoreUnavailable, MemoryError):
+    """The store has no room for this; nothing of it has taken effect. Make room, or compute less
+    at a time; executors try for some seconds, then the job ends in this error."""
+
+
 class CorruptBlob(StoreError, ValueError):
     """A blob's bytes are not those that were put (truncated, or damaged)."""
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
 
-from wukong.storage.contract import BlobStore, QueueStore
+from wukong.storage.contract import BlobStore, JobStore, QueueStore
 from wukong.storage.memory import MemoryJobStore
 
+REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
 BLOBS_PER_MEMORY = 0.4
 """Part of the machine's memory that blobs may fill before they are spilled to disk."""
 
@@ -24,11 +25,16 @@ BLOBS_PRELOAD = ("boto3", "aiobotocore.session")
 class Store:
     """An open store."""
 
-    jobs: QueueStore
+    jobs: JobStore
     blobs: BlobStore | None
     """None where values are objects and never leave the process."""
     secret: bytes
     """From which the keys of all jobs are derived."""
+
+    @property
+    def queue(self) -> QueueStore | None:
+        """The job store, where its queued tokens are the queue of a pool."""
+        return self.jobs if isinstance(self.jobs, QueueStore) else None
 
 
 def open_store(
@@ -37,12 +43,14 @@ def open_store(
     blobs: str | None = None,
     silence_s: float = 10.0,
     limit_bytes: int | None = None,
-    clock: Callable[[], float] = monotonic,
+    clock: Callable[[], float] | None = None,
+    secret: bytes | None = None,
 ) -> Store:
     """Open the store that a URL names, and make it when it is new.
 
     Args:
-        url: `memory://`, a new store for this process each time, or `local:///directory`.
+        url: `memory://`, a new store for this process each time, `local:///directory`, or one of
+            `wukong.storage.redis_link.RedisUrl`.
         blobs: where large blobs go instead: `s3://bucket/prefix`, with options as
             `?region=eu-west-1&endpoint_url=...&tier_bytes=65536` (the names and defaults stand in
             the configuration, under `wukong.s3`). Blobs below `tier_bytes` stay with the jobs; 0
@@ -51,19 +59,21 @@ def open_store(
         limit_bytes: of blobs in shared memory, before the rest goes to disk; None: a part of what
             the machine has.
         clock: of the job store; only tests give another one.
+        secret: from which the keys of jobs are derived, for stores on other machines; None: the
+            deployment's (`wukong.storage.secret`). Other stores have their own.
     Raises:
         ValueError: no store has such a URL.
         SecurityError: others may write to the directory.
         StoreUnavailable: the directory cannot be used.
     """
     if blobs is None:
-        return _open(url, silence_s, limit_bytes, clock)
+        return _open(url, silence_s, limit_bytes, clock, secret)
     from wukong.storage.s3 import S3Blobs
     from wukong.storage.s3_session import parse_url
     from wukong.storage.tiered import TieredBlobs
 
     options = parse_url(blobs)
-    store = _open(url, silence_s, limit_bytes, clock)
+    store = _open(url, silence_s, limit_bytes, clock, secret)
     if store.blobs is None:
         raise ValueError(f"{url} holds objects, which never become blobs; leave `blobs` out")
     return replace(store, blobs=TieredBlobs(store.blobs, S3Blobs(options), options.tier_bytes))
@@ -80,23 +90,40 @@ def resolve_blobs(blobs: str) -> str:
     return parse_url(blobs).url()
 
 
-def _open(url: str, silence_s: float, limit_bytes: int | None, clock: Callable[[], float]) -> Store:
+def _open(
+    url: str,
+    silence_s: float,
+    limit_bytes: int | None,
+    clock: Callable[[], float] | None,
+    secret: bytes | None,
+) -> Store:
     """Open a store with the blob store that is its own."""
     parts = urlsplit(url)
     if url == "memory://":
-        return Store(MemoryJobStore(silence_s, clock), None, secrets.token_bytes(32))
+        return Store(MemoryJobStore(silence_s, clock or monotonic), None, secrets.token_bytes(32))
     if parts.scheme == "local" and not parts.netloc and parts.path.startswith("/"):
         # Threads that share memory need neither of these.
         from wukong.storage.blobfiles import BlobFiles
         from wukong.storage.local import LocalJobStore
         from wukong.storage.local_files import spill_directory
 
-        jobs = LocalJobStore(Path(parts.path), silence_s, clock)
+        jobs = LocalJobStore(Path(parts.path), silence_s, clock or monotonic)
         if limit_bytes is None:
             limit_bytes = default_limit_bytes(jobs.directory)
         blobs = BlobFiles(jobs.directory / "blobs", spill_directory(jobs.directory), limit_bytes)
         return Store(jobs, blobs, jobs.secret)
-    raise ValueError(f"no such store: {url!r}; give memory:// or local:///directory")
+    if parts.scheme in REDIS_SCHEMES and (parts.netloc or parts.scheme == "unix"):
+        from wukong.storage.redis import RedisJobStore
+        from wukong.storage.redis_blobs import RedisBlobs
+        from wukong.storage.redis_link import Link, parse_url
+        from wukong.storage.secret import deployment_secret
+
+        link = Link(parse_url(url))
+        found = secret if secret is not None else deployment_secret()
+        return Store(RedisJobStore(link, silence_s, clock), RedisBlobs(link), found)
+    raise ValueError(
+        f"no such store: {url!r}; give memory://, local:///directory or redis://host:port"
+    )
 
 
 def default_limit_bytes(directory: Path) -> int:

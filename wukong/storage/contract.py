@@ -10,7 +10,7 @@ Any operation may raise `StoreUnavailable`: it may or may not have taken effect;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from wukong.executor.messages import (
     Absorbed,
@@ -85,6 +85,16 @@ class JobStore(Protocol):
 
         Cost: one round trip, O(outputs + feeds + consumed).
         Source: design.md, section 3; replaces the counters of SoCC '20, section 3.3.
+        """
+        ...
+
+    def confirm(self, job: JobId) -> None:
+        """Wait until what this thread has committed survives the loss of the store's server.
+
+        Returns at once where that is so after every operation.
+
+        Raises:
+            StoreUnavailable: it is not known to survive; it may be gone.
         """
         ...
 
@@ -224,6 +234,7 @@ class JobStore(Protocol):
         ...
 
 
+@runtime_checkable
 class QueueStore(JobStore, Protocol):
     """A job store whose queued tokens are themselves the queue of a pool of executors."""
 

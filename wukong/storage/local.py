@@ -163,6 +163,9 @@ class LocalJobStore(QueueStore):
     def commit(self, request: Commit) -> Receipt | Refused:
         return self._change(request.job, lambda rows: state.commit(rows, request, self._clock()))
 
+    def confirm(self, job: JobId) -> None:
+        """Nothing is lost as long as this machine runs."""
+
     # -------------------------------------------------------------- faults
 
     def release(self, holder: HolderId, cause: str) -> tuple[Invocation, ...]:

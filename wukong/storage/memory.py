@@ -183,6 +183,9 @@ class MemoryJobStore(QueueStore):
                 self._changed.notify_all()
             return reply
 
+    def confirm(self, job: JobId) -> None:
+        """Nothing is lost as long as this machine runs."""
+
     def release(self, holder: HolderId, cause: str) -> tuple[Invocation, ...]:
         with self._lock:
             now = self._clock()

@@ -148,7 +148,8 @@ def relaunch(rows: Rows, request: Relaunch, now: float) -> tuple[Invocation, ...
         else:
             discard(rows, job, ExportId(key), row)
     for strand, n_missing, inputs in request.waiting:
-        rows.put(WAITING, strand, WaitingRow(strand, None, n_missing, inputs))
+        row = WaitingRow(strand, None, n_missing, inputs, priority=job.priority)
+        rows.put(WAITING, strand, row)
     minted = mint_entries(rows, job, request.entries, request.entry_inputs, now)
     if job.n_requested == 0:
         job.status = Status.DONE

@@ -1,0 +1,443 @@
+"""Connections to Redis or Valkey: URLs, commands in, replies out, errors translated.
+
+One connection for each thread and node, since a thread waits for its reply anyway, and since what
+`WAIT` says holds for one connection. Commands for several nodes are all sent before any reply is
+read. There is no retry here but one: of a connection that the server has closed while it idled.
+Everything may be sent twice (`wukong.storage.contract`).
+
+redis-py connects, encrypts and logs in; its clients, which take 70 us a call, are not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from wukong.errors import InternalError, StoreError, StoreFull, StoreUnavailable
+
+SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
+N_SLOTS = 16384
+N_ROUNDS = 5
+"""How often one command follows redirections: a resharding moves a slot once."""
+CONNECT_S = 2.0
+"""A server that does not accept a connection for so long is away."""
+TIMEOUT_S = 5.0
+"""A reply that takes longer will not come: scripts run for milliseconds."""
+AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "READONLY", "MISCONF")
+"""Errors that pass by themselves: restarts, failovers, resharding."""
+
+
+class Command(NamedTuple):
+    """One command, packed for the wire."""
+
+    key: bytes
+    """A key that it uses, by whose slot a cluster's node is found."""
+    packed: bytes
+
+
+class Address(NamedTuple):
+    """Where a server listens: a port, or a unix socket (port 0)."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """What a URL says.
+
+    redis://[user:password@]host:port[/database][?option=value&...], rediss:// for TLS,
+    redis+cluster:// and rediss+cluster:// (nodes separated by commas), unix:///path/of/socket.
+    """
+
+    addresses: tuple[Address, ...]
+    is_cluster: bool
+    prefix: str
+    """Of all keys and channels."""
+    lease_s: float
+    """A job that nobody has renewed for this long vanishes."""
+    chunk_bytes: int
+    """A longer blob is stored in pieces of this size."""
+    n_replicas: int
+    """Replicas that must have a change before it counts as durable."""
+    is_on_disk: bool
+    """A change must be on the server's disk before it counts as durable (Redis 7.2, Valkey)."""
+    timeout_s: float
+    options: dict[str, Any]
+    """redis-py's, of a connection."""
+    is_encrypted: bool
+
+    def __str__(self) -> str:
+        """The URL without its password, for messages."""
+        listed = ",".join(f"{host}:{port}" if port else host for host, port in self.addresses)
+        return f"redis{'s' if self.is_encrypted else ''}://{listed}"
+
+    @property
+    def is_durable(self) -> bool:
+        """Something has to be waited for before a change is sure to survive."""
+        return self.n_replicas > 0 or self.is_on_disk
+
+
+def parse_url(url: str) -> RedisUrl:
+    """Read a URL.
+
+    Raises:
+        ValueError: it is none, or an option has no such value.
+        ImportError: redis-py is missing; install `wukong[redis]`.
+    """
+    connection = import_redis().connection
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    if parts.scheme not in SCHEMES:
+        raise ValueError(f"no such store: {parts.scheme}://; there are {', '.join(SCHEMES)}")
+    own = dict(parse_qsl(parts.query))
+    prefix = own.pop("prefix", "wukong:")
+    if not prefix or set(prefix) & set("{}*?[]\\ "):
+        raise ValueError(f"a prefix of keys has no braces, blanks or wildcards: {prefix!r}")
+    lease_s = float(own.pop("lease_s", 3600.0))
+    chunk_bytes = int(own.pop("chunk_bytes", 16 << 20))
+    n_replicas = int(own.pop("replicas", 0))
+    is_on_disk = own.pop("on_disk", "no") == "yes"
+    timeout_s = float(own.pop("timeout_s", TIMEOUT_S))
+    if lease_s <= 0 or chunk_bytes <= 0 or timeout_s <= 0 or n_replicas < 0:
+        raise ValueError("lease_s, chunk_bytes and timeout_s are positive, replicas is 0 or more")
+    login, _, hosts = parts.netloc.rpartition("@")
+    addresses = []
+    options: dict[str, Any] = {}
+    for host in hosts.split(","):
+        netloc = f"{login}@{host}" if login else host
+        options = connection.parse_url(f"{scheme}://{netloc}{parts.path}?{parts.query}")
+        # A URL's own options are read above; what is left is redis-py's.
+        for name in ("prefix", "lease_s", "chunk_bytes", "replicas", "on_disk", "timeout_s"):
+            options.pop(name, None)
+        options.pop("connection_class", None)
+        path = options.pop("path", None)
+        port = options.pop("port", 6379)
+        addresses.append(Address(path or options.pop("host", "localhost"), 0 if path else port))
+    return RedisUrl(
+        addresses=tuple(addresses),
+        is_cluster=kind == "cluster",
+        prefix=prefix,
+        lease_s=lease_s,
+        chunk_bytes=chunk_bytes,
+        n_replicas=n_replicas,
+        is_on_disk=is_on_disk,
+        timeout_s=timeout_s,
+        options=options,
+        is_encrypted=scheme == "rediss",
+    )
+
+
+def with_options(url: str, **defaults: object) -> str:
+    """A URL with options added that it does not name itself."""
+    parts = urlsplit(url)
+    options = {k: str(v) for k, v in defaults.items()} | dict(parse_qsl(parts.query))
+    query = urlencode(options)
+    return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{query}" if query else "")
+
+
+def import_redis() -> Any:
+    """redis-py, which is optional.
+
+    Raises:
+        ImportError: it says what to install.
+    """
+    try:
+        import redis
+        import redis.connection
+    except ImportError as error:
+        raise ImportError("stores on Redis need redis-py: pip install 'wukong[redis]'") from error
+    return redis
+
+
+def pack(*arguments: bytes) -> bytes:
+    """A command as it crosses the wire."""
+    parts = [b"*%d\r\n" % len(arguments)]
+    for argument in arguments:
+        parts += (b"$%d\r\n" % len(argument), argument, b"\r\n")
+    return b"".join(parts)
+
+
+# ------------------------------------------------------------------ connections
+
+
+class Line:
+    """One connection. Not thread-safe."""
+
+    def __init__(self, url: RedisUrl, address: Address) -> None:
+        """Connect, encrypt, log in.
+
+        Raises:
+            StoreUnavailable: nobody answers.
+            StoreError: the login is refused.
+        """
+        redis = import_redis()
+        self._errors = redis.exceptions
+        connection = redis.connection
+        options = {
+            "socket_timeout": url.timeout_s,
+            "socket_connect_timeout": CONNECT_S,
+            "protocol": 2,
+            **url.options,
+            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        }
+        if not address.port:
+            kind = connection.UnixDomainSocketConnection
+            options["path"] = address.host
+        else:
+            kind = connection.SSLConnection if url.is_encrypted else connection.Connection
+            options |= {"host": address.host, "port": address.port}
+        self.address = address
+        self.n_exchanges = 0
+        self._connection = kind(**options)
+        try:
+            self._connection.connect()
+        except (self._errors.RedisError, OSError) as error:
+            raise self.translate(error) from error
+
+    def send(self, packed: Sequence[bytes]) -> None:
+        """Send commands."""
+        try:
+            self._connection.send_packed_command(packed, check_health=False)
+        except (self._errors.RedisError, OSError) as error:
+            raise self.translate(error) from error
+
+    def receive(self) -> Any:
+        """The next reply; an error reply is returned, not raised, but when it ends all."""
+        try:
+            return self._connection.read_response(disable_decoding=True)
+        except self._errors.ResponseError as error:
+            return error
+        except (self._errors.RedisError, OSError) as error:
+            raise self.translate(error) from error
+
+    def is_readable(self, timeout_s: float) -> bool:
+        """Wait for something to read."""
+        try:
+            return bool(self._connection.can_read(timeout=timeout_s))
+        except (self._errors.RedisError, OSError) as error:
+            raise self.translate(error) from error
+
+    def close(self) -> None:
+        """Close the connection; a thread that reads from it is woken."""
+        with contextlib.suppress(self._errors.RedisError, OSError):
+            self._connection.disconnect()
+
+    def translate(self, error: BaseException) -> Exception:
+        """One of Wukong's errors for one of redis-py's."""
+        host, port = self.address
+        text = f"{host}:{port}: {error}" if port else f"{host}: {error}"
+        if isinstance(error, self._errors.AuthenticationError | self._errors.NoPermissionError):
+            return StoreError(f"{text} (docs/redis.md has the ACL line)")
+        if "OOM command not allowed" in text:
+            return StoreFull(
+                f"{text.partition(' script:')[0]}: Redis has no memory left for this; raise "
+                "maxmemory, or put large values elsewhere (tiered stores)"
+            )
+        if not isinstance(error, self._errors.ResponseError):
+            return StoreUnavailable(text)  # away, reset, too slow, loading
+        if any(word in text for word in AWAY):
+            return StoreUnavailable(text)
+        return InternalError(text)
+
+
+class Link:
+    """A Redis server, or a cluster of them. Thread-safe; open it after forking."""
+
+    def __init__(self, url: RedisUrl) -> None:
+        """Nothing is connected before it is used."""
+        self.url = url
+        self._errors = import_redis().exceptions
+        self._local = threading.local()
+        self._lines: weakref.WeakSet[Line] = weakref.WeakSet()
+        self._slots: list[Address] = []
+        """The node of each slot; empty: not known."""
+        self._is_closed = False
+
+    def run(self, commands: Sequence[Command]) -> list[Any]:
+        """Run commands, in order for each node; returns their replies, error replies as objects.
+
+        Raises:
+            StoreUnavailable: some may have been run, and some not.
+        """
+        if not self.url.is_cluster:
+            return self._exchange(self.url.addresses[0], [c.packed for c in commands])
+        replies: list[Any] = [None] * len(commands)
+        left = list(range(len(commands)))
+        asked: dict[int, Address] = {}
+        for _ in range(N_ROUNDS):
+            try:
+                self._run_round(commands, left, asked, replies)
+            except StoreUnavailable:
+                self._slots = []  # a failover may be under way
+                raise
+            left = [i for i in left if isinstance(replies[i], self._errors.AskError)]
+            if not left:
+                return replies
+            asked = {}
+            for i in left:
+                if isinstance(replies[i], self._errors.MovedError):
+                    self._slots = []
+                else:
+                    asked[i] = Address(replies[i].host, replies[i].port)
+        raise StoreUnavailable(f"{self.url}: the cluster sends its clients in circles")
+
+    def run_checked(self, commands: Sequence[Command]) -> list[Any]:
+        """As `run`; an error reply is raised."""
+        replies = self.run(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise self.translate(reply, command.key)
+        return replies
+
+    def translate(self, error: Exception, key: bytes) -> Exception:
+        """One of Wukong's errors for an error reply."""
+        if "READONLY" in str(error):
+            # The server has become a replica: whoever is asked next may be the new master.
+            self._drop(self.address_of(key))
+            self._slots = []
+        return self._line(self.address_of(key)).translate(error)
+
+    def address_of(self, key: bytes) -> Address:
+        """The node that has a key."""
+        if not self.url.is_cluster:
+            return self.url.addresses[0]
+        if not self._slots:
+            self._slots = self._find_slots()
+        return self._slots[slot_of(key)]
+
+    def confirm(self, key: bytes) -> None:
+        """Wait until what this thread has changed near this key is as durable as is asked for.
+
+        Raises:
+            StoreUnavailable: it is not, or it cannot be known, since the connection is a new one.
+        """
+        if not self.url.is_durable:
+            return
+        line = self._line(self.address_of(key))
+        if not line.n_exchanges:
+            raise StoreUnavailable(f"{self.url}: reconnected, so that nothing is known to be kept")
+        limit = b"%d" % (self.url.timeout_s * 500)
+        wanted = b"%d" % self.url.n_replicas
+        command = pack(b"WAIT", wanted, limit)
+        if self.url.is_on_disk:
+            command = pack(b"WAITAOF", b"1", wanted, limit)
+        reply = self._exchange(line.address, [command], may_reconnect=False)[0]
+        if isinstance(reply, Exception):
+            raise line.translate(reply)
+        found = reply if isinstance(reply, list) else [1, reply]
+        if found[0] < 1 or found[1] < self.url.n_replicas:
+            raise StoreUnavailable(f"{self.url}: not yet on {wanted.decode()} replicas or on disk")
+
+    def open_line(self, address: Address) -> Line:
+        """A connection for the caller alone, who closes it."""
+        if self._is_closed:
+            raise StoreUnavailable(f"{self.url}: this store object has been closed")
+        return Line(self.url, address)
+
+    def close(self) -> None:
+        """Close all connections, of all threads."""
+        self._is_closed = True
+        for line in list(self._lines):
+            line.close()
+
+    # -------------------------------------------------------------- inside
+
+    def _run_round(
+        self,
+        commands: Sequence[Command],
+        indexes: Iterable[int],
+        asked: dict[int, Address],
+        replies: list[Any],
+    ) -> None:
+        by_node: dict[Address, list[int]] = {}
+        for i in indexes:
+            address = asked[i] if i in asked else self.address_of(commands[i].key)
+            by_node.setdefault(address, []).append(i)
+        for address, own in by_node.items():
+            packed = []
+            for i in own:
+                packed += [pack(b"ASKING")] * (i in asked) + [commands[i].packed]
+            found = iter(self._exchange(address, packed))
+            for i in own:
+                if i in asked:
+                    next(found)
+                replies[i] = next(found)
+
+    def _exchange(
+        self, address: Address, packed: list[bytes], may_reconnect: bool = True
+    ) -> list[Any]:
+        line = self._line(address)
+        try:
+            line.send(packed)
+            replies = [line.receive() for _ in packed]
+        except StoreUnavailable:
+            self._drop(address)
+            if not line.n_exchanges or not may_reconnect or self._is_closed:
+                raise
+            # Closed while it idled, perhaps by a restart: everything may be sent twice.
+            line = self._line(address)
+            try:
+                line.send(packed)
+                replies = [line.receive() for _ in packed]
+            except BaseException:
+                self._drop(address)
+                raise
+        except BaseException:  # Ctrl-C: the replies that are under way are for nobody
+            self._drop(address)
+            raise
+        line.n_exchanges += 1
+        return replies
+
+    def _line(self, address: Address) -> Line:
+        if self._is_closed:
+            raise StoreUnavailable(f"{self.url}: this store object has been closed")
+        lines: dict[Address, Line] = self._local.__dict__.setdefault("lines", {})
+        line = lines.get(address)
+        if line is None:
+            line = lines[address] = Line(self.url, address)
+            self._lines.add(line)
+        return line
+
+    def _drop(self, address: Address) -> None:
+        line = self._local.__dict__.setdefault("lines", {}).pop(address, None)
+        if line is not None:
+            line.close()
+
+    def _find_slots(self) -> list[Address]:
+        """Ask any node which node has which slot."""
+        cause: Exception | None = None
+        for address in dict.fromkeys((*self._known_nodes(), *self.url.addresses)):
+            try:
+                reply = self._exchange(address, [pack(b"CLUSTER", b"SLOTS")])[0]
+            except StoreUnavailable as error:
+                cause = error
+                continue
+            if isinstance(reply, Exception):
+                raise self._line(address).translate(reply)
+            slots: list[Address | None] = [None] * N_SLOTS
+            for first, last, (host, port, *_), *_ in reply:
+                node = Address(host.decode() if host else address.host, port)
+                slots[first : last + 1] = [node] * (last + 1 - first)
+            found = [slot for slot in slots if slot is not None]
+            if len(found) == N_SLOTS:
+                return found
+            cause = StoreUnavailable(f"{address.host}:{address.port}: slots without a node")
+        raise StoreUnavailable(f"{self.url}: no node knows the cluster: {cause}") from cause
+
+    def _known_nodes(self) -> Iterator[Address]:
+        yield from list(self._local.__dict__.setdefault("lines", {}))
+
+
+def slot_of(key: bytes) -> int:
+    """The hash slot of a key: of what stands between the first braces, if anything does."""
+    import binascii
+
+    before, brace, rest = key.partition(b"{")
+    tag, end, _ = rest.partition(b"}")
+    return binascii.crc_hqx(tag if brace and end and tag else key, 0) % N_SLOTS
