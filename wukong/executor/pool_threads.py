@@ -176,7 +176,8 @@ class ThreadPool:
 
     def _run(self, seat: _ThreadSeat) -> None:
         try:
-            run_until_drained(seat.executor, seat, self._store.jobs.n_queued)
+            assert self._store.queue is not None, "the tokens of this store are handed to pools"
+            run_until_drained(seat.executor, seat, self._store.queue.n_queued)
         except BaseException as error:
             logger.exception("an executor has failed; its work is queued again")
             self._failure = traceback.format_exc()

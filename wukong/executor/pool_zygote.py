@@ -90,7 +90,8 @@ def run_executor(seat: ProcessSeat, settings: Settings) -> None:
 
     executor = new_executor(seat)
     seat.new_executor = new_executor
-    seat.serve(executor, store.jobs.n_queued)
+    assert store.queue is not None, "the tokens of this store are handed to pools"
+    seat.serve(executor, store.queue.n_queued)
     store.jobs.close()
 
 

@@ -120,6 +120,7 @@ class Executor:
     ) -> None:
         self._store = store
         self._jobs = store.jobs
+        self._queue = store.queue
         self._invoker = invoker
         self._lender = lender_of(invoker)
         self._holder = holder
@@ -149,7 +150,8 @@ class Executor:
         if self._core.is_draining:
             return False
         self._traffic.n_round_trips += 1
-        grant = self._jobs.take(self._holder, new_attempt())
+        assert self._queue is not None, "the tokens of this store are handed to pools"
+        grant = self._queue.take(self._holder, new_attempt())
         if grant is None:
             return False
         with self._lock:
@@ -269,7 +271,9 @@ class Executor:
                     self._invoker.invoke(invocations)
                 except InvokeError:
                     return Done()  # the tokens stay queued, and the sweeper finds them
-            case Delete(blobs):
+            case Delete(blobs, confirm):
+                if confirm:
+                    self._jobs.confirm(JobId(blobs[0].partition("/")[0]))
                 assert self._store.blobs is not None
                 self._store.blobs.delete_many(blobs)
                 self._traffic.n_round_trips += 1

@@ -148,8 +148,8 @@ def relaunch(rows: Rows, request: Relaunch, now: float) -> tuple[Invocation, ...
         else:
             discard(rows, job, ExportId(key), row)
     for strand, n_missing, inputs in request.waiting:
-        row = WaitingRow(strand, None, n_missing, inputs, priority=job.priority)
-        rows.put(WAITING, strand, row)
+        waiting = WaitingRow(strand, None, n_missing, inputs, priority=job.priority)
+        rows.put(WAITING, strand, waiting)
     minted = mint_entries(rows, job, request.entries, request.entry_inputs, now)
     if job.n_requested == 0:
         job.status = Status.DONE

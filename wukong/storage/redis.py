@@ -127,7 +127,8 @@ class RedisJobStore(JobStore):
         listing = pack(b"ZADD", self._listing, b"%.3f" % time.time(), job.encode())
         commands = [Command(self._listing, listing)]
         commands += [
-            self._command(self._oversight, job, "create", **chunk) for chunk in self._chunks(request)
+            self._command(self._oversight, job, "create", **chunk)
+            for chunk in self._chunks(request)
         ]
         replies = self._run(commands)[1:]
         minted = tuple(found for _, flat in replies for found in invocations(job, flat))
@@ -276,9 +277,7 @@ class RedisJobStore(JobStore):
 
     def manifest(self, job: JobId) -> object | None:
         key = self._key(job, "p")
-        found: object | None = self._run(
-            [Command(key, pack(b"HGET", key, MANIFEST.encode()))]
-        )[0]
+        found: object | None = self._run([Command(key, pack(b"HGET", key, MANIFEST.encode()))])[0]
         return found
 
     def cancel(self, job: JobId) -> bool:
@@ -374,9 +373,7 @@ class RedisJobStore(JobStore):
 
     def _packed_command(self, script: Script, job: JobId, request: bytes) -> Command:
         begun = script.begin(job, [self._key(job, table) for table in TABLES])
-        return Command(
-            self._key(job, "j"), b"%s$%d\r\n%s\r\n" % (begun, len(request), request)
-        )
+        return Command(self._key(job, "j"), b"%s$%d\r\n%s\r\n" % (begun, len(request), request))
 
     def _call(self, script: Script, job: JobId, operation: str, **fields: object) -> Any:
         return self._run([self._command(script, job, operation, **fields)])[0]

@@ -10,6 +10,7 @@ redis-py connects, encrypts and logs in; its clients, which take 70 us a call, a
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import threading
 import weakref
@@ -436,8 +437,6 @@ class Link:
 
 def slot_of(key: bytes) -> int:
     """The hash slot of a key: of what stands between the first braces, if anything does."""
-    import binascii
-
-    before, brace, rest = key.partition(b"{")
+    _, brace, rest = key.partition(b"{")
     tag, end, _ = rest.partition(b"}")
     return binascii.crc_hqx(tag if brace and end and tag else key, 0) % N_SLOTS

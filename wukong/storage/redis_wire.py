@@ -2,7 +2,8 @@
 
 What the scripts seldom look into (entries, parts) crosses them as bytes that are MessagePack
 themselves. Redis knows MessagePack's old form only, with one kind of strings, and Lua knows no
-absent values in tables: they are false. Nothing that is read here can run code, whatever the bytes are.
+absent values in tables: they are false. Nothing that is read here can run code, whatever the bytes
+are.
 """
 
 from __future__ import annotations
@@ -246,9 +247,7 @@ class RedisWire:
         """The reply of `news`."""
         notes, garbage = reply
         return News(
-            tuple(
-                [Note(name.decode(), self.located(flat), trace) for name, flat, trace in notes]
-            ),
+            tuple([Note(name.decode(), self.located(flat), trace) for name, flat, trace in notes]),
             tuple([BlobId(blob.decode()) for blob in garbage]),
         )
 
@@ -282,10 +281,7 @@ def refused(job: JobId, reply: Sequence[Any]) -> Refused:
 def invocations(job: JobId, flat: Sequence[Any]) -> tuple[Invocation, ...]:
     """Tokens of one job and their priorities, which alternate."""
     return tuple(
-        [
-            Invocation(job, TokenId(flat[i].decode()), flat[i + 1])
-            for i in range(0, len(flat), 2)
-        ]
+        [Invocation(job, TokenId(flat[i].decode()), flat[i + 1]) for i in range(0, len(flat), 2)]
     )
 
 
