@@ -197,6 +197,31 @@ def test_nothing_grows_with_age(client: Client) -> None:
     assert {code: len(keys) for code, keys in client.rows().items() if code != "n"} == {"p": 1}
 
 
+def test_what_ended_in_errors_runs_again(client: Client) -> None:
+    runs: list[str] = []
+
+    def unlucky(name: str, *inputs: int) -> int:
+        runs.append(name)
+        if runs.count(name) == 1 and name in "BX":
+            raise ValueError(name)
+        return len(inputs) + sum(inputs)
+
+    graph = {"a": (unlucky, "A"), "b": (unlucky, "B", "a"), "c": (unlucky, "C", "b")}
+    a, b, c = client.extend(graph, "a", "b", "c")
+    (x,) = client.extend({"x": (unlucky, "X", "c")}, "x", c=c)
+    assert [isinstance(value, Raised) for value in client.results([a, b, c, x])] == [0, 1, 1, 1]
+    del client.news[b], client.news[c], client.news[x]
+    client.session.retry([b, c, x])
+    assert isinstance(client.results([a, b, c, x])[3], Raised)
+    del client.news[x]
+    client.session.retry([x])
+    assert client.results([a, b, c, x]) == [0, 1, 2, 3]
+    assert runs.count("A") == 1
+    client.session.release([a, b, c, x])
+    assert client.session.counters().n_work == 0
+    assert {code: ids for code, ids in client.rows().items() if code != "n"} == {"p": ["manifest"]}
+
+
 @pytest.mark.slow
 def test_lost_values_are_computed_again(tmp_path: Any) -> None:
     url = f"local://{tmp_path}/store"

@@ -83,7 +83,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.tiered",
     ),
     ("wukong.storage.secret",),
-    ("wukong.storage",),
+    ("wukong.storage", "wukong.scheduler.retries"),
     ("wukong.executor.core",),
     ("wukong.executor.wire",),
     ("wukong.executor.recorder", "wukong.rdma.ports"),

@@ -25,7 +25,7 @@ from wukong.errors import InvokeError, JobCancelled, MissingBlob, StoreUnavailab
 from wukong.executor.invoker import Invoker
 from wukong.executor.messages import (
     BlobId,
-    Create,
+    Entry,
     ExportId,
     Extend,
     Invocation,
@@ -34,12 +34,10 @@ from wukong.executor.messages import (
     NewExport,
     NewStrand,
     Output,
-    Part,
     Refused,
     StrandId,
 )
-from wukong.executor.serialize import size_of
-from wukong.executor.serialize_programs import ONCE
+from wukong.executor.scene import Scene
 from wukong.executor.wire import PutRequest, Traffic, UnreadableExports, open_wire
 from wukong.scheduler.calls import Key
 from wukong.scheduler.costs import Costs
@@ -48,9 +46,11 @@ from wukong.scheduler.holdings import RECORDED, TOLD, Holdings, Released, Work
 from wukong.scheduler.piece import Earlier, cut_piece, earlier_values, piece_parts
 from wukong.scheduler.plan import Plan
 from wukong.scheduler.recovery import plan_restart
+from wukong.scheduler.retries import Retry, ancestors, plan_retry
+from wukong.session_pieces import new_strand, open_job, retries_of, source_requests
 from wukong.session_watch import News, OnNews, OnRuns, Watcher
 from wukong.storage import Store
-from wukong.submit import SOURCE_BYTES, choose_grain, make_program, put_program
+from wukong.submit import choose_grain, make_program, put_program
 
 __all__ = ["News", "Session", "SessionCounters"]
 
@@ -113,7 +113,7 @@ class Session:
         """Extensions go to the store one after the other."""
         self._n_extended = 0
         self._is_closed = False
-        self._ask(lambda: self._jobs.create(_open_job(self.job)))
+        self._ask(lambda: self._jobs.create(open_job(self.job)))
         self._watcher = Watcher(
             self.job,
             store,
@@ -139,6 +139,7 @@ class Session:
         annotations: Mapping[str, Mapping[Any, Any]] | None = None,
         priority: int = 0,
         n_retries: int = 0,
+        scene: Scene | None = None,
     ) -> list[int]:
         """Add a graph, and have what the keys need computed.
 
@@ -149,6 +150,7 @@ class Session:
             annotations: name -> key -> value (`retries`, `repeatable`).
             priority: of all tasks of the graph; higher ones are taken first.
             n_retries: of a task that raises, where the annotations say nothing.
+            scene: what is to surround the tasks while they run.
         Returns: for each key the id of its value.
         Raises:
             GraphError: the graph cannot be planned.
@@ -164,9 +166,9 @@ class Session:
         slots: list[int] = list(plan.requested)  # type: ignore[arg-type]  # a flat list was asked for
         constants = dict.fromkeys(slot for slot in slots if slot < 0)
         ids = {slot: base + len(plan.keys) + i for i, slot in enumerate(constants)}
-        retries = _retries(plan, n_retries)
+        retries = retries_of(plan, n_retries)
         with self._order:
-            strands, works = self._make_work(plan, slots, retries, priority)
+            strands, works = self._make_work(plan, slots, retries, priority, scene)
             made = {ids[slot]: plan.literals[~slot] for slot in constants}
             sources = self._make_sources(made)
             values = [ids.get(slot, slot) for slot in slots]
@@ -194,7 +196,12 @@ class Session:
         return ids
 
     def _make_work(
-        self, plan: Plan, slots: list[int], retries: dict[int, int], priority: int
+        self,
+        plan: Plan,
+        slots: list[int],
+        retries: dict[int, int],
+        priority: int,
+        scene: Scene | None,
     ) -> tuple[list[NewStrand], list[tuple[int, Work]]]:
         """Cut a plan, and make its programs."""
         if not plan.keys:
@@ -212,10 +219,10 @@ class Session:
         parts = piece_parts(plan, cut, earlier, first, first_export)
         strands, works = [], []
         for strand, part in enumerate(parts, first):
-            program = make_program(plan, part, retries, False, set())
+            program = make_program(plan, part, retries, False, set(), scene=scene)
             entry = put_program(plan, self._wire, program, self.job, strand)
             n_own = sum(int(export) >= first_export for export, _ in part.inputs)
-            strands.append(_new_strand(strand, part, n_own, priority))
+            strands.append(new_strand(strand, part, n_own, priority))
             works.append((strand, Work(part, entry, n_own, priority, program.calls)))
         return strands, works
 
@@ -232,19 +239,10 @@ class Session:
 
     def _make_sources(self, values: dict[int, Any]) -> list[Output]:
         """Exports of values that exist: a large one has its own, small ones share one."""
-        groups = [[value] for value, item in values.items() if size_of(item) >= SOURCE_BYTES]
-        large = {value for group in groups for value in group}
-        small = [value for value in values if value not in large]
-        requests = []
         with self._books:
             first = self._holdings.n_exports
-            self._holdings.n_exports += len(groups) + 1
-        for export, group in enumerate([*groups, small] if small else groups, first):
-            blob = None
-            if self._wire.is_measured and (group is not small or len(small) * 50 > SOURCE_BYTES):
-                blob = BlobId(f"{self.job}/c/{export}")
-            items = [values[value] for value in group]
-            requests.append(PutRequest(ExportId(str(export)), tuple(group), items, blob))
+            self._holdings.n_exports += len(values)
+        requests = source_requests(self.job, values, first, self._wire.is_measured)
         made = self._ask(lambda: self._wire.put(requests))
         return [Output(export, (entry,), len(entry.tasks), 1, True, ()) for export, entry in made]
 
@@ -370,6 +368,38 @@ class Session:
         if blobs and self._store.blobs is not None:
             self._store.blobs.delete_many(blobs)
 
+    def retry(self, values: Sequence[int]) -> None:
+        """Compute held values again that have ended in errors; then there is news of them again.
+
+        Values behind them that are errors, or are not there any more, are computed again too, but
+        not told of. Values that have no work left are passed over.
+        """
+        released = Released()
+        with self._order:
+            self._watcher.read_news()
+            with self._books:
+                held = [v for v in dict.fromkeys(values) if self._holdings.maker_of(v) >= 0]
+                held = [v for v in held if self._holdings.export_of(v) >= 0]
+                exports = list(ancestors(self._holdings, held)[1])
+            found = self._ask(lambda: self._jobs.located(self.job, exports))
+            located = {part.export: part for part in found}
+            with self._books:
+                retries = plan_retry(self._holdings, held, located, self._wire.read_program)
+            works = []
+            for new in retries:
+                entry = self._put_again(new)
+                works.append((int(new.strand), Work(new.program.part, entry, 0, new.priority)))
+            strands = [new_strand(s, work.part, 0, work.priority) for s, work in works]
+            with self._books:
+                for (strand, work), new in zip(works, retries, strict=True):
+                    self._holdings.move(new.results, new.export, released)
+                    self._holdings.add_work(strand, work)
+            self._send(strands, works, [])
+        self._give_back(released)
+
+    def _put_again(self, new: Retry) -> Entry:
+        return self._wire.put_program(new.program, BlobId(f"{self.job}/plan/{new.strand}"))
+
     # -------------------------------------------------------------- faults
 
     def recover(self) -> None:
@@ -446,35 +476,3 @@ class Session:
                     raise
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, 32 * RETRY_S)
-
-
-def _new_strand(strand: int, part: Part, n_own: int, priority: int) -> NewStrand:
-    own = tuple(export for export, _ in part.inputs[:n_own])
-    return NewStrand(StrandId(str(strand)), own, part.inputs[n_own:], priority)
-
-
-def _retries(plan: Plan, n_retries: int) -> dict[int, int]:
-    """Task -> how often it may be run again when it raises, or `ONCE`."""
-    tasks = range(plan.base, plan.base + len(plan.keys))
-    retries = dict.fromkeys(tasks, n_retries) if n_retries else {}
-    for task, notes in plan.annotations.items():
-        if "retries" in notes:
-            retries[task] = int(notes["retries"])
-        if notes.get("repeatable") is False:
-            retries[task] = ONCE
-    return retries
-
-
-def _open_job(job: JobId) -> Create:
-    return Create(
-        job=job,
-        entries=(),
-        entry_inputs=(),
-        programs=(),
-        sources=(),
-        n_requested=0,
-        n_tasks=0,
-        n_strands=0,
-        fail_fast=False,
-        is_open=True,
-    )

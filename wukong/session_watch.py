@@ -18,7 +18,7 @@ from wukong.executor.serialize_failures import Failure, Raised
 from wukong.executor.wire import Error, UnreadableExports, Wire
 from wukong.scheduler.calls import Call
 from wukong.scheduler.costs import Costs
-from wukong.scheduler.holdings import Holdings, Released
+from wukong.scheduler.holdings import FAILED, RECORDED, TOLD, Holdings, Released
 from wukong.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,8 @@ class Watcher:
                 if values:
                     n_bytes = sum(entry.size_bytes for entry in part.entries)
                     errors = {v: failed[v] for v in values if v in failed} if failed else {}
+                    for value in errors:
+                        self._holdings.set_state(value, RECORDED | FAILED | TOLD)
                     told.append(News(values, n_bytes, errors))
             self._books.notify_all()
         if told:

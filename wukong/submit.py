@@ -32,6 +32,7 @@ from wukong.executor.messages import (
     Part,
     StrandId,
 )
+from wukong.executor.scene import Scene
 from wukong.executor.serialize import size_of
 from wukong.executor.serialize_programs import ONCE, Program
 from wukong.executor.wire import (
@@ -196,12 +197,14 @@ def make_program(
     fail_fast: bool,
     shared: set[int],
     context: Context | None = None,
+    scene: Scene | None = None,
 ) -> Program:
     """The code of one strand, with the constants that it reads.
 
     Args:
         shared: slots of constants that are exports of the job, and so not in programs.
         context: the client's, if executors can have it.
+        scene: what is to surround the tasks while they run.
     """
     base = plan.base
     calls = [plan.calls[task - base] for task in part.tasks]
@@ -212,6 +215,7 @@ def make_program(
         retries={task: retries[task] for task in part.tasks if task in retries} if retries else {},
         fail_fast=fail_fast,
         context=context,
+        scene=scene,
     )
 
 

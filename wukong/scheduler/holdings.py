@@ -155,10 +155,18 @@ class Holdings:
             return -1
         return page.exports[value % PAGE]
 
+    def is_well(self, value: int) -> bool:
+        """Whether a value is held, in the store, and no error."""
+        return self.export_of(value) >= 0 and self.state(value) & (RECORDED | FAILED) == RECORDED
+
     def maker_of(self, value: int) -> int:
         """The strand that makes a value, if its work is kept; else negative."""
         page = self._pages.get(value // PAGE)
         return -1 if page is None else self._maker.get(page.exports[value % PAGE], -1)
+
+    def maker_of_export(self, export: int) -> int:
+        """The strand that makes an export, if its work is kept; else negative."""
+        return self._maker.get(export, -1)
 
     def held_values(self, export: int) -> list[int]:
         """The pinned values of an export. Cost: O(values held)."""
@@ -226,6 +234,17 @@ class Holdings:
                 self._pinned_often[value] = n_pins - MANY
             if n_pins == 0:
                 self._let_go(value // PAGE, page, page.exports[i], idle, released)
+        self._retire(idle, released)
+
+    def move(self, values: Iterable[int], export: int, released: Released) -> None:
+        """Values that are held will be in another export, and are not there yet."""
+        idle: list[int] = []
+        for value in values:
+            page, i = self._pages[value // PAGE], value % PAGE
+            self._pinned[export] = self._pinned.get(export, 0) + 1
+            old, page.exports[i], page.states[i] = page.exports[i], export, 0
+            page.n_held += 1
+            self._let_go(value // PAGE, page, old, idle, released)
         self._retire(idle, released)
 
     def _let_go(
