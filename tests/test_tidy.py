@@ -97,6 +97,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.sim*",),
     ("wukong.chores", "wukong.submit", "wukong.sweep"),
     ("wukong.session*",),
+    ("wukong.futures",),
     ("wukong.job_driver", "wukong.callbacks", "wukong.scheduler.dask_server*"),
     ("wukong.scheduler.dask_cluster",),
     ("wukong.cluster*",),

@@ -20,13 +20,22 @@ from typing import TYPE_CHECKING, Any
 import dask.base
 
 from wukong import config, errors
-from wukong.client import attach, get
+from wukong.client import attach, call_async, get, map
 from wukong.cluster import LocalCluster
 from wukong.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["LambdaCluster", "LocalCluster", "Report", "attach", "errors", "get"]
+__all__ = [
+    "LambdaCluster",
+    "LocalCluster",
+    "Report",
+    "attach",
+    "call_async",
+    "errors",
+    "get",
+    "map",
+]
 
 if TYPE_CHECKING:
     from wukong.cluster_lambda import LambdaCluster

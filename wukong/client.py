@@ -5,21 +5,27 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from wukong.cluster import LocalCluster
+from wukong.futures import CallExecutor, CallFuture
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _default: LocalCluster | None = None
+_calls: CallExecutor | None = None
+"""Of the default cluster; made at the first call."""
 _owner_pid = 0
 
 
 def default_cluster() -> LocalCluster:
     """The cluster behind `wukong.get`: one process for each core, started at first use."""
-    global _default, _owner_pid
+    global _default, _calls, _owner_pid
     with _lock:
         if _default is None or _owner_pid != os.getpid():
-            _default = LocalCluster()
+            _default, _calls = LocalCluster(), None
             _owner_pid = os.getpid()
             atexit.register(close_default_cluster)
         return _default
@@ -27,9 +33,9 @@ def default_cluster() -> LocalCluster:
 
 def close_default_cluster() -> None:
     """End the default cluster; the next use starts another one."""
-    global _default
+    global _default, _calls
     with _lock:
-        cluster, _default = _default, None
+        cluster, _default, _calls = _default, None, None
     if cluster is not None and _owner_pid == os.getpid():
         cluster.close()
 
@@ -40,6 +46,32 @@ def get(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     Arguments, results and errors are those of `LocalCluster.get`.
     """
     return default_cluster().get(dsk, keys, **kwargs)
+
+
+def call_async(func: Callable[..., T], *args: Any, **kwargs: Any) -> CallFuture[T]:
+    """Have `func(*args, **kwargs)` called on the default cluster, as PyWren does.
+
+    Returns: a future of the standard library's kind.
+    """
+    return _default_calls().submit(func, *args, **kwargs)
+
+
+def map(func: Callable[[Any], T], iterdata: Iterable[Any]) -> list[CallFuture[T]]:
+    """Have `func` called with each item on the default cluster, as PyWren does.
+
+    Returns: a future for each item, in order; for the results themselves see
+    `cluster.executor().map`.
+    """
+    return _default_calls().submit_each(func, iterdata)
+
+
+def _default_calls() -> CallExecutor:
+    global _calls
+    cluster = default_cluster()
+    with _lock:
+        if _calls is None:
+            _calls = cluster.executor()
+        return _calls
 
 
 def attach(job: str, directory: str | os.PathLike[str], timeout_s: float | None = None) -> Any:

@@ -22,12 +22,15 @@ from wukong.executor.invoker import Pool
 from wukong.executor.messages import JobId
 from wukong.executor.wire import Traffic, open_wire
 from wukong.executor.work import Policy
+from wukong.futures import CallExecutor
 from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
 from wukong.scheduler.costs import Costs
 from wukong.scheduler.graph import plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.scheduler.plan import Plan
+from wukong.session import Session
+from wukong.session_watch import OnNews
 from wukong.storage import Store
 from wukong.submit import LEAST_STRAND_S, Submission, cut_plan, submit_plan
 
@@ -62,6 +65,7 @@ class Cluster:
         """Guards what follows."""
         self._running: set[JobId] = set()
         """Jobs that some thread waits for."""
+        self._call_executors: list[CallExecutor] = []
         self._last_report: Report | None = None
         self._is_closed = False
         self._costs = Costs()
@@ -219,6 +223,35 @@ class Cluster:
             raise WukongError("no job has ended on this cluster yet")
         return self._last_report
 
+    # -------------------------------------------------------------- running calls
+
+    def executor(self) -> CallExecutor:
+        """A `concurrent.futures.Executor` on this cluster: `submit`, `map`, `shutdown`.
+
+        It is a context manager; it ends with the cluster at the latest. There may be several.
+
+        Raises:
+            WukongError: the cluster is closed.
+        """
+        with self._changed:
+            self._check_open()
+            executor = CallExecutor(
+                self.open_session, secede=self._secede, n_retries=int(config.get("job.retries"))
+            )
+            self._call_executors = [e for e in self._call_executors if not e.is_ended]
+            self._call_executors.append(executor)
+            return executor
+
+    def open_session(self, on_news: OnNews) -> Session:
+        """Open a job to which graphs can be added, on this cluster; close it before the cluster."""
+        return Session(
+            self._store,
+            self._pool,
+            n_workers=self.n_workers,
+            costs=self._costs,
+            on_news=on_news,
+        )
+
     # -------------------------------------------------------------- life
 
     def close(self) -> None:
@@ -233,6 +266,8 @@ class Cluster:
             for job in sorted(self._running):
                 self._store.jobs.cancel(job)
             self._changed.wait_for(lambda: not self._running, CANCEL_S)
+        for executor in self._call_executors:
+            executor.abandon()
         self._close_others()
         self._chores.close()
         self._pool.close()
