@@ -28,8 +28,12 @@ STORE_NAME = re.compile(r"wukong-\d+-(?P<pid>\d+)-\w+")
 
 # Every process that a test starts inherits this from the environment, an orphan too.
 RUN_MARK = f"WUKONG_TEST_RUN={uuid.uuid4().hex}"
-# Processes of the standard library that live as long as their parent.
-LIVES_WITH_PARENT = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+# Processes of the standard library, and of loky, that live as long as their parent.
+LIVES_WITH_PARENT = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "loky.backend.resource_tracker",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,7 @@ from wukong.report import Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExecutorCluster",
     "LambdaCluster",
     "LocalCluster",
     "Report",
@@ -38,10 +39,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from wukong.cluster_futures import ExecutorCluster
     from wukong.cluster_lambda import LambdaCluster
 
 # Imported at first use: who runs graphs on this machine shall not wait for them.
-_LATER = {"LambdaCluster": "wukong.cluster_lambda"}
+_LATER = {
+    "ExecutorCluster": "wukong.cluster_futures",
+    "LambdaCluster": "wukong.cluster_lambda",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -138,6 +138,10 @@ class Cluster:
         """A cluster like this one with so many executors, as far as it has such a thing."""
         return self
 
+    def _look_at(self, job: JobId) -> None:
+        """Have an executor look whether anything of a job is queued."""
+        self._pool.invoke(())
+
     def _secede(self) -> None:
         """A graph is about to be run, perhaps by a task, which must not hold the executor that the
         graph needs."""
@@ -204,7 +208,7 @@ class Cluster:
         traffic = Traffic()
         wire = open_wire(self._store, JobId(job), traffic)
         manifest = wire.read_manifest(payload)
-        self._pool.invoke(())
+        self._look_at(JobId(job))
         run = self._run(Submission(JobId(job), manifest, wire, traffic, None), timeout_s, None)
         return resolve(manifest, run.values)
 
