@@ -55,6 +55,10 @@ class Seat(Protocol):
         """How many executors wait to be woken."""
         ...
 
+    def is_leaving(self) -> bool:
+        """Whether this executor is to take no more tokens."""
+        ...
+
     def rest(self, is_queued: Callable[[], int]) -> bool:
         """Wait to be woken; at once when, now that all can see this executor idle, `is_queued`.
 
@@ -67,7 +71,7 @@ def run_until_drained(executor: Runner, seat: Seat, n_queued: Callable[[], int])
     """Run what is queued, rest, and again; until the pool ends."""
     while True:
         has_taken = True
-        while has_taken:
+        while has_taken and not seat.is_leaving():
             # A wake-up may have been for several tokens, or have met an executor that died.
             if seat.n_idle() and (n := n_queued()) > 1:
                 seat.ring(n - 1)
@@ -192,6 +196,10 @@ class ProcessSeat:
         self._tell("ready")
         run_until_drained(executor, self, n_queued)
 
+    def is_leaving(self) -> bool:
+        """See `Seat.is_leaving`."""
+        return False
+
     def rest(self, is_queued: Callable[[], int]) -> bool:
         """See `Seat.rest`."""
         flush_output()
@@ -240,29 +248,29 @@ class ProcessSeat:
         executor = self.new_executor(self)
         self._executors.append(executor)
         try:
-            while True:
-                if not executor.take() and not self._rest_as_deputy():
-                    return
+            while self._is_deputy_wanted():
+                if not executor.take():
+                    self._rest_as_deputy()
         except BaseException:
             traceback.print_exc()
             os._exit(FAILED)  # what it held is queued again, as if the process had died
         finally:
             self._executors.remove(executor)
 
-    def _rest_as_deputy(self) -> bool:
-        """Wait to be woken in the place of a task that waits. False: it goes on."""
+    def _is_deputy_wanted(self) -> bool:
         with self._lock:
-            if self._n_deputies > self._n_lent or self._is_ending:
-                self._n_deputies -= 1
-                return False
+            if self._n_deputies <= self._n_lent and not self._is_ending:
+                return True
+            self._n_deputies -= 1
+            return False
+
+    def _rest_as_deputy(self) -> None:
+        """Wait to be woken in the place of a task that waits, and look now and then."""
         self._count_waiting(1)
         is_rung = self._doorbell.wait_for(DEPUTY_LOOKS_S)
         self._count_waiting(-1)
-        with self._lock:
-            is_over = self._n_deputies > self._n_lent
-        if is_rung and is_over:
+        if is_rung and self._n_deputies > self._n_lent:
             self._doorbell.ring(1)  # somebody else's turn
-        return True
 
     def _beat(self) -> None:
         """The heartbeat thread: sleeps while the executor idles, and watches the lifeline."""

@@ -121,11 +121,23 @@ class ThreadPool:
         """Threads are ready at once."""
 
     def lend(self, holder: HolderId) -> None:
-        """Let a fresh thread take the place of one whose task waits; see `Lender`."""
-        self.abandon(holder)
+        """Let one more thread run tokens while a task waits; see `Lender`."""
+        with self._lock:
+            if not self._is_closing:
+                self._start()
 
     def take_back(self) -> None:
-        """The old thread ends after its task by itself; see `Lender`."""
+        """A task goes on; see `Lender`. One thread ends when its token is spent."""
+        with self._lock:
+            leaving = next((seat for seat in self._seats if not seat.is_ending), None)
+            if leaving is None or self._is_closing:
+                return
+            # One that idles, if there is one.
+            for seat in self._seats:
+                if not seat.is_busy and not seat.is_ending:
+                    leaving = seat
+            leaving.is_ending = True
+        self.ring(len(self._idle))
 
     def abandon(self, holder: HolderId) -> None:
         """Let a fresh thread take the place of one that is stuck in a task. Idempotent.
@@ -221,6 +233,10 @@ class _ThreadSeat:
         self._pool = pool
         self.ring = pool.ring
         self.n_idle = pool.n_idle
+
+    def is_leaving(self) -> bool:
+        """See `wukong.executor.pool_seats.Seat`."""
+        return self.is_ending
 
     def rest(self, is_queued: Callable[[], int]) -> bool:
         """See `wukong.executor.pool_seats.Seat`."""
