@@ -8,6 +8,7 @@ with wukong.LocalCluster(n_workers=2) as cluster:
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -161,3 +162,10 @@ def answer_former(arguments: dict[str, object]) -> None:
     for name, value in arguments.items():
         if value is not None:
             warnings.warn(f"{name}={value!r} has no effect: {FORMER[name]}", FutureWarning, 3)
+
+
+def preloaded() -> tuple[str, ...]:
+    """What executors import before they are forked."""
+    # A client of Dask's is likely to be made, and its tasks then look for their worker.
+    dasks = ("distributed",) if "distributed" in sys.modules else ()
+    return (*config.get("local.preload"), *dasks)

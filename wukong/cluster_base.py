@@ -26,6 +26,7 @@ from wukong.futures import CallExecutor
 from wukong.job_driver import JobRun, OnTasks, resolve
 from wukong.report import Report
 from wukong.scheduler.costs import Costs
+from wukong.scheduler.dask_cluster import DaskCluster
 from wukong.scheduler.graph import plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.scheduler.plan import Plan
@@ -40,7 +41,7 @@ CANCEL_S = 5.0
 Self = TypeVar("Self", bound="Cluster")
 
 
-class Cluster:
+class Cluster(DaskCluster):
     """Runs Dask graphs on executors that some invoker starts, around a store.
 
     Usable by several threads at once. Close it, or use it as a context manager: that ends its
@@ -56,6 +57,7 @@ class Cluster:
     def __init__(
         self, store: Store, pool: Pool, *, n_workers: int, timeout_s: float | None = None
     ) -> None:
+        super().__init__(are_threads=store.blobs is None)
         self.n_workers = n_workers
         self._store = store
         self._pool = pool
@@ -258,11 +260,8 @@ class Cluster:
 
     # -------------------------------------------------------------- life
 
-    def close(self) -> None:
-        """End the executors, and remove what is the cluster's own. Idempotent.
-
-        Jobs that other threads wait for are cancelled.
-        """
+    def _close_now(self) -> None:
+        """See `DaskCluster.close`."""
         with self._changed:
             if self._is_closed:
                 return
@@ -272,6 +271,7 @@ class Cluster:
             self._changed.wait_for(lambda: not self._running, CANCEL_S)
         for executor in self._call_executors:
             executor.abandon()
+        self._close_server()
         self._close_others()
         self._chores.close()
         self._pool.close()
@@ -299,7 +299,7 @@ class Cluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close_now()
 
     def _describe(self, executors: str) -> str:
         """The cluster's `repr`."""

@@ -45,7 +45,7 @@ class DaskCluster:
 
     # -------------------------------------------------------------- the server
 
-    def _open_session(self, on_news: Callable[[Sequence[Any]], None]) -> Any:
+    def open_session(self, on_news: Callable[[Sequence[Any]], None]) -> Any:
         """Open the session that the server works with."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class DaskCluster:
             protocol = "tcp" if security is None else "tls"
             address = "inproc://" if self._are_threads else f"{protocol}://127.0.0.1:0"
         return ServerHost(
-            self._open_session,
+            self.open_session,
             n_executors=self.n_workers,
             are_threads=self._are_threads,
             address=address,
