@@ -89,6 +89,17 @@ class JobContract(WatchedJobs):
             assert store.commit(commit(T1, "b", failed=b"other")) == Refused(Reason.OVER)
             assert store.expired("job") == ()
 
+    def test_the_queued_tokens_are_those_that_nobody_runs(self, store: QueueStore) -> None:
+        with self.nothing_changes():
+            assert store.queued("job") == (invocation(T1),)
+        store.start("job", T1, "b", "h")
+        assert store.queued("job") == store.queued("nojob") == ()
+        self.backend.clock.now += SILENCE_S
+        store.release("h", "killed")
+        assert sorted(store.queued("job")) == [invocation(T0), invocation(T1)]
+        store.cancel("job")
+        assert store.queued("job") == ()
+
     def test_cancel_ends_a_job_once(self, store: QueueStore) -> None:
         assert store.cancel("job")
         assert self.view().status is Status.CANCELLED

@@ -13,7 +13,8 @@ import dask
 import dask.array as da
 import fault_tasks as tasks
 import pytest
-from moto_service import needs
+from moto_service import KEY, SECRET, make_bucket, needs
+from redis_servers import Server
 
 import wukong
 from wukong import errors
@@ -169,6 +170,40 @@ def test_processes_cannot_share_objects_and_say_so() -> None:
         pytest.raises(errors.InvokeError, match="cannot see the store memory://"),
     ):
         cluster.get({"x": (tasks.increment, 1)}, "x")
+
+
+# ---------------------------------------------------------------- stores that others reach
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("r"))
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_threads, make_spawned], ids=["threads", "spawned"])
+def test_jobs_may_lie_in_redis_and_large_blobs_in_s3(redis_server, moto_url, make) -> None:
+    make_bucket(moto_url, "executors")
+    place = f"s3://{KEY}:{SECRET}@executors/p?endpoint_url={moto_url}&region=us-east-1"
+    with (
+        make() as executor,
+        wukong.ExecutorCluster(
+            executor, store=redis_server.url, blobs=f"{place}&tier_bytes=150000", timeout_s=60
+        ) as cluster,
+    ):
+        cluster._is_cut = False
+        assert cluster.get(tree(32), (5, 0)) == sum(range(1, 33))
+        assert cluster.report().executors == 2
+        cluster._is_cut = True
+        x = da.random.default_rng(7).random((4000, 40), chunks=(500, 40))
+        q, r = da.linalg.qr(x)
+        error = float(abs(x - q @ r).max().compute(scheduler=cluster.get))
+        assert error < 1e-12
+        assert cluster.report().blobs_written
+        assert cluster.jobs() == ()
+        assert cluster._store.blobs.used_bytes() == 0
 
 
 # ---------------------------------------------------------------- deaths

@@ -66,8 +66,10 @@ class Ticket:
     """Which pool has submitted it."""
     holder: HolderId
     """Under which name it holds tokens; nobody else uses it."""
+    number: int
+    """How many were submitted before it."""
     job: JobId
-    """The job that it was submitted for; it may run tokens of others."""
+    """The job that it was submitted for; where the store is a queue, it runs tokens of all jobs."""
     url: str
     """Of the store; see `open_store`."""
     options: tuple[tuple[str, float | int | str | None], ...]
@@ -110,9 +112,10 @@ def run_tokens(ticket: Ticket) -> int:
 
 
 def _take_all(executor: Executor, store: Store, ticket: Ticket, pool: FuturesPool | None) -> int:
+    """Run what is queued; returns how often it has found something."""
     n_taken = 0
     while True:
-        while (pool is None or not pool.is_closed) and executor.take():
+        while (pool is None or not pool.is_closed) and _take(executor, store, ticket):
             n_taken += 1
         view = store.jobs.view(ticket.job)
         if view is None or view.status is not Status.RUNNING or (pool and pool.is_closed):
@@ -121,6 +124,19 @@ def _take_all(executor: Executor, store: Store, ticket: Ticket, pool: FuturesPoo
             later = store.jobs.wait(ticket.job, view.version, ticket.linger_s, progress=True)
             if later is None or not later.n_queued:
                 return n_taken
+
+
+def _take(executor: Executor, store: Store, ticket: Ticket) -> bool:
+    """Run a queued token and what it becomes. False: there is none."""
+    if store.queue is not None:
+        return executor.take()
+    queued = sorted(store.jobs.queued(ticket.job), key=lambda found: -found.priority)
+    if not queued:
+        return False
+    # Functions that come at once begin at different places; the store lets one of them have it.
+    first = sum(found.priority == queued[0].priority for found in queued)
+    executor.run(ticket.job, queued[ticket.number % first].token)
+    return True
 
 
 def _beat(executor: Executor, is_over: threading.Event) -> None:
@@ -254,6 +270,7 @@ class FuturesPool:
         self._ticket = Ticket(
             pool=self._name,
             holder=HolderId(""),
+            number=0,
             job=JobId(""),
             url=url,
             options=tuple(options.items()),
@@ -329,10 +346,11 @@ class FuturesPool:
     def _enter(self, job: JobId) -> Ticket:
         """Count one function more."""
         with self._changed:
+            number = self._n_submitted
             self._n_submitted += 1
-            holder = HolderId(f"{self._name}-{self._n_submitted}")
+            holder = HolderId(f"{self._name}-{number}")
             self._functions[holder] = _Function(job)
-        return replace(self._ticket, holder=holder, job=job)
+        return replace(self._ticket, holder=holder, number=number, job=job)
 
     def _submit(self, job: JobId, n_wanted: int) -> None:
         """Submit so many functions, or as many as there is room for."""

@@ -111,6 +111,10 @@ class JobStore(Protocol):
         """Tokens to invoke again: running with an old heartbeat, or queued past a back-off."""
         ...
 
+    def queued(self, job: JobId) -> tuple[Invocation, ...]:
+        """The tokens that nobody runs, those that wait longest first. Cost: one round trip."""
+        ...
+
     def running(self, job: JobId) -> tuple[RunningToken, ...]:
         """The tokens that are run, by whomever."""
         ...

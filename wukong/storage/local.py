@@ -186,6 +186,9 @@ class LocalJobStore(QueueStore):
     def expired(self, job: JobId) -> tuple[Invocation, ...]:
         return self._change(job, lambda rows: oversight.expired(rows, self._clock()))
 
+    def queued(self, job: JobId) -> tuple[Invocation, ...]:
+        return self._look(job, oversight.queued)
+
     def running(self, job: JobId) -> tuple[RunningToken, ...]:
         return self._look(job, oversight.running)
 

@@ -199,6 +199,10 @@ class MemoryJobStore(QueueStore):
         with self._lock:
             return oversight.expired(self._rows(job), self._clock())
 
+    def queued(self, job: JobId) -> tuple[Invocation, ...]:
+        with self._lock:
+            return oversight.queued(self._rows(job))
+
     def running(self, job: JobId) -> tuple[RunningToken, ...]:
         with self._lock:
             return oversight.running(self._rows(job))

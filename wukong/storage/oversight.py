@@ -69,6 +69,18 @@ def expired(rows: Rows, now: float) -> tuple[Invocation, ...]:
     return found
 
 
+def queued(rows: Rows) -> tuple[Invocation, ...]:
+    """The tokens that nobody runs, those that wait longest first."""
+    job = rows.get(JOB, THE_JOB)
+    if job is None or job.status is not Status.RUNNING:
+        return ()
+    found = [(row.stamped_at, key, row) for key, row in rows.scan(TOKENS) if not row.running]
+    return tuple(
+        Invocation(rows.job, TokenId(key), row.priority)
+        for _, key, row in sorted(found, key=lambda waiting: waiting[:2])
+    )
+
+
 def running(rows: Rows) -> tuple[RunningToken, ...]:
     """The tokens that are run."""
     return tuple(
