@@ -69,7 +69,7 @@ class FolderJobs:
 
 class FolderStore:
     def __init__(self, folder: Path) -> None:
-        self.jobs = FolderJobs(folder)
+        self.jobs = self.queue = FolderJobs(folder)
 
 
 class SourceExecutor:

@@ -238,7 +238,7 @@ class Walk:
             cast("Clock", backend.clock).now += seconds
 
     def look(self) -> None:
-        for operation in ("view", "results", "traces", "collect", "recorded", "manifest"):
+        for operation in ("view", "results", "traces", "collect", "recorded", "manifest", "queued"):
             self.both(operation, self.random.choice(self.jobs))
 
     def lose(self) -> None:

@@ -13,12 +13,13 @@ import threading
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from wukong import config
 from wukong.cluster_base import Cluster, executor_policy
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_threads import ThreadPool
-from wukong.storage import BLOBS_PRELOAD, open_store, resolve_blobs
+from wukong.storage import BLOBS_PRELOAD, open_store, resolve_blobs, resolve_store
 from wukong.storage.local_files import (
     POOLS,
     default_directory,
@@ -39,8 +40,11 @@ class LocalCluster(Cluster):
         directory: where the store lives (processes only). By default a new directory in shared
             memory that goes with the cluster; a given one stays, with its unfinished jobs, and
             `wukong.attach` finds them there.
-        blobs: where large values go instead of this machine's memory: `s3://bucket/prefix`, with
-            options as `open_store` takes them (processes only).
+        store: another place for jobs and values than this machine's memory, which other machines
+            can use too: `redis://...` (see `open_store`). Processes or threads. Jobs outlive the
+            cluster there, for some time, and `attach` finds them.
+        blobs: where large values go instead: `s3://bucket/prefix`, with options as `open_store`
+            takes them (not for threads that share objects).
         memory_limit: bytes of stored values before they go to disk.
         timeout_s: each job ends in `JobTimeout` after this long.
         host, proxy_address, num_fargate_nodes: of Wukong's first version (2020); they have no
@@ -58,6 +62,7 @@ class LocalCluster(Cluster):
         processes: bool = True,
         *,
         directory: str | os.PathLike[str] | None = None,
+        store: str | None = None,
         blobs: str | None = None,
         memory_limit: int | None = None,
         timeout_s: float | None = None,
@@ -80,34 +85,50 @@ class LocalCluster(Cluster):
         self._blobs = blobs
         self._others: dict[int, LocalCluster] = {}
         """By number of executors; see `get`."""
-        self._own_directory = None
-        policy = executor_policy(is_measured=processes)
+        self._own_directory: Path | None = None
+        self._store_url = store
         options: dict[str, Any] = {"silence_s": float(config.get("job.silence-s"))}
         preload = tuple(config.get("local.preload"))
         if blobs is not None:
             options["blobs"] = resolve_blobs(blobs)
             preload += BLOBS_PRELOAD
+        url, folder = self._choose_store(store, directory, options)
+        opened = open_store(url, **options)
+        policy = executor_policy(opened.blobs is not None, opened.may_roll_back)
         if processes:
-            remove_stale()
-            if directory is None:
-                self._own_directory = default_directory()
-            self.directory = os.fspath(directory or self._own_directory or "")
-            url = f"local://{os.path.abspath(self.directory)}"
-            options["limit_bytes"] = self._memory_limit
-            store = open_store(url, **options)
+            options["secret"] = opened.secret
             pool: ProcessPool | ThreadPool = ProcessPool(
                 url,
                 n_workers,
                 policy,
-                store=store,
+                store=opened,
                 store_options=options,
                 preload=preload,
-                folder=Path(self.directory) / POOLS,
+                folder=folder,
             )
         else:
-            store = open_store("memory://", **options)
-            pool = ThreadPool(store, n_workers, policy)
-        super().__init__(store, pool, n_workers=n_workers, timeout_s=timeout_s)
+            pool = ThreadPool(opened, n_workers, policy)
+        super().__init__(opened, pool, n_workers=n_workers, timeout_s=timeout_s)
+
+    def _choose_store(
+        self,
+        store: str | None,
+        directory: str | os.PathLike[str] | None,
+        options: dict[str, Any],
+    ) -> tuple[str, Path | None]:
+        """The store's URL, and the folder in which others find the pool; completes `options`."""
+        if store is not None:
+            if directory is not None:
+                raise ValueError("give a store or a directory, not both")
+            return resolve_store(store), None
+        if not self.processes:
+            return "memory://", None
+        remove_stale()
+        if directory is None:
+            self._own_directory = default_directory()
+        self.directory = os.fspath(directory or self._own_directory or "")
+        options["limit_bytes"] = self._memory_limit
+        return f"local://{os.path.abspath(self.directory)}", Path(self.directory) / POOLS
 
     def _resized(self, n_workers: int) -> LocalCluster:
         """A cluster like this one with so many executors; closed with this one."""
@@ -118,6 +139,7 @@ class LocalCluster(Cluster):
                 cluster = self._others[n_workers] = LocalCluster(
                     n_workers,
                     self.processes,
+                    store=self._store_url,
                     blobs=self._blobs,
                     memory_limit=self._memory_limit,
                     timeout_s=self._timeout_s,
@@ -142,7 +164,8 @@ class LocalCluster(Cluster):
 
     def __repr__(self) -> str:
         kind = "processes" if self.processes else "threads"
-        return self._describe(f"{self.n_workers} {kind}")
+        where = f" on {urlsplit(self._store_url).scheme}" if self._store_url else ""
+        return self._describe(f"{self.n_workers} {kind}{where}")
 
 
 FORMER = {

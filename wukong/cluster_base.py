@@ -141,8 +141,8 @@ class Cluster(DaskCluster):
         return self
 
     def _look_at(self, job: JobId) -> None:
-        """Have an executor look whether anything of a job is queued."""
-        self._pool.invoke(())
+        """Have executors look at what is queued of a job."""
+        self._pool.invoke(self._store.jobs.queued(job))
 
     def _secede(self) -> None:
         """A graph is about to be run, perhaps by a task, which must not hold the executor that the
@@ -313,8 +313,13 @@ def _pool_size(pool: Any) -> int | None:
     return workers if isinstance(workers, int) else None
 
 
-def executor_policy(is_measured: bool) -> Policy:
-    """The executors' policy from the configuration."""
+def executor_policy(is_measured: bool, confirm: bool = False) -> Policy:
+    """The executors' policy from the configuration.
+
+    Args:
+        is_measured: values have sizes, since they are encoded.
+        confirm: the store may lose its last changes, and can be asked for what it keeps.
+    """
     return Policy(
         inline_bytes=int(config.get("executor.inline-bytes")),
         blob_bytes=int(config.get("executor.blob-bytes")),
@@ -322,4 +327,5 @@ def executor_policy(is_measured: bool) -> Policy:
         split=bool(config.get("executor.split")),
         heartbeat_s=float(config.get("executor.heartbeat-s")),
         n_deaths_max=int(config.get("executor.deaths-max")),
+        confirm=confirm,
     )

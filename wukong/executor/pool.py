@@ -10,6 +10,7 @@ A pool knows nothing of jobs. What lies where:
     pool           the client's side: starts, buries, replaces
     pool_launch    how the client starts a zygote, and talks to it
     pool_zygote    the process that imports once and forks executors
+    pool_handed    the pool's own queue, where the store is far away
     pool_seats     how an executor waits and is woken
     pool_threads   the same with threads
     run            what executors do
@@ -32,6 +33,7 @@ from pathlib import Path
 
 from wukong.errors import InvokeError, StoreError
 from wukong.executor.messages import HolderId, Invocation
+from wukong.executor.pool_handed import HandedTokens
 from wukong.executor.pool_launch import (
     Message,
     WakePipe,
@@ -89,16 +91,14 @@ class ProcessPool:
         policy: Policy,
         *,
         store: Store,
-        store_options: Mapping[str, float | int | str | None] | None = None,
+        store_options: Mapping[str, float | int | str | bytes | None] | None = None,
         preload: Sequence[str] = PRELOAD,
         env: Mapping[str, str] | None = None,
         folder: Path | None = None,
         entry: str = "wukong.executor.pool_zygote:run_executor",
     ) -> None:
-        self._jobs = store.jobs
-        self._env = executor_environment(n_workers, env or {})
-        self._name = secrets.token_hex(4)
-        self._n_started = 0
+        self._jobs, self._env = store.jobs, executor_environment(n_workers, env or {})
+        self._name, self._n_started = secrets.token_hex(4), 0
         self._seats = [_Place(number) for number in range(n_workers)]
         self._changed = threading.Condition()
         """Guards everything below."""
@@ -120,6 +120,7 @@ class ProcessPool:
                 self._pipe.wait_fd, self._pipe.ring_fd, self._board_fd, n_workers
             )
             undo.callback(self._doorbell.close)
+            self._tokens = HandedTokens.make(store, n_workers, undo)
             self._poke_fd = os.eventfd(0, os.EFD_CLOEXEC)
             undo.callback(os.close, self._poke_fd)
             self._settings = Settings(
@@ -132,6 +133,7 @@ class ProcessPool:
                 wait_fd=self._pipe.wait_fd,
                 ring_fd=self._pipe.ring_fd,
                 board_fd=self._board_fd,
+                handed_fd=self._tokens.fd if self._tokens else -1,
                 lifeline_fd=-1,
             )
             self._zygote = ZygoteLink(self._settings, self._env)
@@ -152,6 +154,8 @@ class ProcessPool:
             InvokeError: executors cannot start; the tokens stay queued.
         """
         self._check()
+        if self._tokens is not None:
+            self._tokens.push(invocations)
         self._doorbell.ring(max(1, len(invocations)))
 
     def n_idle(self) -> int:
@@ -349,12 +353,23 @@ class ProcessPool:
         if cause is None:
             return
         try:
-            n_released = len(self._jobs.release(holder, cause))
+            n_queued = self._queue_again(place.number, holder, cause)
         except StoreError as error:
-            n_released = 0
+            n_queued = 0
             logger.warning("%s; its work waits for the end of its silence: %s", cause, error)
         # One more: it may have died between waking up and taking what it was woken for.
-        self._doorbell.ring(n_released + 1)
+        self._doorbell.ring(n_queued + 1)
+
+    def _queue_again(self, seat: int, holder: HolderId, cause: str) -> int:
+        """Queue what a dead executor held. Returns: for how many tokens to wake somebody."""
+        released = self._jobs.release(holder, cause)
+        if self._tokens is None:
+            return len(released)
+        # Also what it was handed and has not started, or has minted and not handed on.
+        job = self._tokens.last_job(seat)
+        queued = self._jobs.queued(job) if job is not None else ()
+        self._tokens.push(tuple(dict.fromkeys((*released, *queued))), is_repeated=True)
+        return self._tokens.n_queued()
 
     def _bury_zygote(self, zygote: ZygoteLink) -> None:
         status = zygote.close()

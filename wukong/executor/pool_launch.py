@@ -56,7 +56,14 @@ class ZygoteLink:
             lifeline_read, self._lifeline = os.pipe()
             undo.callback(self._cut)
             try:
-                fds = (settings.wait_fd, settings.ring_fd, settings.board_fd, lifeline_read)
+                fds: tuple[int, ...] = (
+                    settings.wait_fd,
+                    settings.ring_fd,
+                    settings.board_fd,
+                    lifeline_read,
+                )
+                if settings.handed_fd >= 0:
+                    fds += (settings.handed_fd,)
                 self.process = subprocess.Popen(
                     [sys.executable, *_flags(), "-c", BOOT, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,

@@ -157,7 +157,9 @@ class ProcessSeat:
     ) -> None:
         self.holder = holder
         self.new_executor = new_executor
-        self._number = number
+        self.hand: Callable[[Sequence[Invocation]], None] | None = None
+        """Where invoked tokens go, if the store itself is not the pool's queue."""
+        self.number = number
         self._doorbell = doorbell
         self._lifeline_fd = lifeline_fd
         self._tell = tell
@@ -178,6 +180,8 @@ class ProcessSeat:
 
     def invoke(self, invocations: Sequence[Invocation]) -> None:
         """Wake as many idle executors; the tokens are in the store already."""
+        if self.hand is not None:
+            self.hand(invocations)
         self._doorbell.ring(len(invocations))
 
     def ring(self, n_wanted: int) -> None:
@@ -223,7 +227,7 @@ class ProcessSeat:
         """Show this seat idle while any thread of it waits."""
         with self._lock:
             self._n_waiting += n
-            self._doorbell.show(self._number, self._n_waiting > 0)
+            self._doorbell.show(self.number, self._n_waiting > 0)
 
     def report_stuck(self) -> None:
         """Have the client kill this executor, and another one started."""

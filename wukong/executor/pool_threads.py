@@ -20,6 +20,7 @@ from dask.system import CPU_COUNT
 from wukong.errors import InvokeError
 from wukong.executor.invoker import Invoker
 from wukong.executor.messages import HolderId, Invocation
+from wukong.executor.pool_handed import HandedExecutor, HandedTokens
 from wukong.executor.pool_launch import BLAS_VARIABLES
 from wukong.executor.pool_seats import Runner, run_until_drained
 from wukong.executor.pool_zygote import GRACE_S
@@ -56,6 +57,10 @@ class ThreadPool:
         new_executor: NewExecutor = Executor,
     ) -> None:
         self._store = store
+        self._undo = contextlib.ExitStack()
+        self._tokens = HandedTokens.make(store, 1, self._undo)
+        if self._tokens is not None:
+            new_executor = functools.partial(HandedExecutor, self._tokens)
         self._policy = policy
         self._new_executor = new_executor
         self._name = secrets.token_hex(4)
@@ -90,6 +95,8 @@ class ThreadPool:
             raise InvokeError("the pool is closed")
         if self._failure is not None:
             raise InvokeError(f"an executor has failed: {self._failure}")
+        if self._tokens is not None:
+            self._tokens.push(invocations)
         self.ring(max(1, len(invocations)))
 
     def ring(self, n_wanted: int) -> None:
@@ -173,6 +180,8 @@ class ThreadPool:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._kicks.put(None)
         self._heart.join(max(0.0, deadline - time.monotonic()))
+        if not any(seat.thread.is_alive() for seat in seats):
+            self._undo.close()
         self._restore_blas()
 
     def _start(self) -> None:
@@ -188,12 +197,15 @@ class ThreadPool:
 
     def _run(self, seat: _ThreadSeat) -> None:
         try:
-            assert self._store.queue is not None, "the tokens of this store are handed to pools"
-            run_until_drained(seat.executor, seat, self._store.queue.n_queued)
+            queue = self._tokens or self._store.queue
+            assert queue is not None, "the tokens of this store are handed to pools"
+            run_until_drained(seat.executor, seat, queue.n_queued)
         except BaseException as error:
             logger.exception("an executor has failed; its work is queued again")
             self._failure = traceback.format_exc()
-            self._store.jobs.release(seat.holder, f"failed with {error!r}")
+            released = self._store.jobs.release(seat.holder, f"failed with {error!r}")
+            if self._tokens is not None:
+                self._tokens.push(released)
         finally:
             with self._lock:
                 self._seats.remove(seat)

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from wukong.executor.messages import HolderId
+from wukong.executor.pool_handed import HandedExecutor, HandedTokens
 from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
 from wukong.executor.run import Executor
 from wukong.executor.work import Policy
@@ -66,7 +67,7 @@ class Settings:
     entry: str
     """What an executor does: "module:function", called with the seat and these settings."""
     store_url: str
-    store_options: Mapping[str, float | int | str | None]
+    store_options: Mapping[str, float | int | str | bytes | None]
     """Further arguments of `open_store`."""
     policy: Policy
     preload: tuple[str, ...]
@@ -78,20 +79,28 @@ class Settings:
     """Write end of the doorbell's pipe, non-blocking."""
     board_fd: int
     """File whose bytes say which executors idle."""
+    handed_fd: int
+    """The pool's own queue of tokens; negative: the store is the queue."""
     lifeline_fd: int
 
 
 def run_executor(seat: ProcessSeat, settings: Settings) -> None:
     """What the processes of a pool do: run the store's tokens."""
     store = open_store(settings.store_url, **settings.store_options)  # type: ignore[arg-type]
+    tokens = None
+    if settings.handed_fd >= 0:
+        tokens = HandedTokens(settings.handed_fd, settings.n_seats, seat.number)
+        seat.hand = tokens.push
+    queue = tokens or store.queue
+    assert queue is not None, "the tokens of this store are handed to pools"
 
     def new_executor(seat: ProcessSeat) -> Executor:
-        return Executor(seat.holder, store, seat, settings.policy, seat.report_stuck)
+        rest = (seat.holder, store, seat, settings.policy, seat.report_stuck)
+        return Executor(*rest) if tokens is None else HandedExecutor(tokens, *rest)
 
     executor = new_executor(seat)
     seat.new_executor = new_executor
-    assert store.queue is not None, "the tokens of this store are handed to pools"
-    seat.serve(executor, store.queue.n_queued)
+    seat.serve(executor, queue.n_queued)
     store.jobs.close()
 
 

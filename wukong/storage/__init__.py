@@ -10,6 +10,7 @@ from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
 
+from wukong import config
 from wukong.storage.contract import BlobStore, JobStore, QueueStore
 from wukong.storage.memory import MemoryJobStore
 
@@ -30,6 +31,8 @@ class Store:
     """None where values are objects and never leave the process."""
     secret: bytes
     """From which the keys of all jobs are derived."""
+    may_roll_back: bool = False
+    """The last changes may be lost with a server; `confirm` waits until they cannot (rule 3)."""
 
     @property
     def queue(self) -> QueueStore | None:
@@ -90,6 +93,23 @@ def resolve_blobs(blobs: str) -> str:
     return parse_url(blobs).url()
 
 
+def resolve_store(url: str) -> str:
+    """The URL that means to executors what this one means here: the configuration is in it."""
+    if urlsplit(url).scheme not in REDIS_SCHEMES:
+        return url
+    from wukong.storage.redis_link import with_options
+
+    return with_options(
+        url,
+        prefix=config.get("redis.prefix"),
+        lease_s=config.get("redis.lease-s"),
+        chunk_bytes=config.get("redis.chunk-bytes"),
+        timeout_s=config.get("redis.timeout-s"),
+        replicas=config.get("redis.replicas"),
+        on_disk="yes" if config.get("redis.on-disk") else "no",
+    )
+
+
 def _open(
     url: str,
     silence_s: float,
@@ -113,17 +133,24 @@ def _open(
         blobs = BlobFiles(jobs.directory / "blobs", spill_directory(jobs.directory), limit_bytes)
         return Store(jobs, blobs, jobs.secret)
     if parts.scheme in REDIS_SCHEMES and (parts.netloc or parts.scheme == "unix"):
-        from wukong.storage.redis import RedisJobStore
-        from wukong.storage.redis_blobs import RedisBlobs
-        from wukong.storage.redis_link import Link, parse_url
-        from wukong.storage.secret import deployment_secret
-
-        link = Link(parse_url(url))
-        found = secret if secret is not None else deployment_secret()
-        return Store(RedisJobStore(link, silence_s, clock), RedisBlobs(link), found)
+        return _open_redis(url, silence_s, clock, secret)
     raise ValueError(
         f"no such store: {url!r}; give memory://, local:///directory or redis://host:port"
     )
+
+
+def _open_redis(
+    url: str, silence_s: float, clock: Callable[[], float] | None, secret: bytes | None
+) -> Store:
+    from wukong.storage.redis import RedisJobStore
+    from wukong.storage.redis_blobs import RedisBlobs
+    from wukong.storage.redis_link import Link, parse_url
+    from wukong.storage.secret import deployment_secret
+
+    link = Link(parse_url(resolve_store(url)))
+    found = secret if secret is not None else deployment_secret()
+    jobs = RedisJobStore(link, silence_s, clock)
+    return Store(jobs, RedisBlobs(link), found, may_roll_back=link.url.is_durable)
 
 
 def default_limit_bytes(directory: Path) -> int:

@@ -185,7 +185,6 @@ class RedisJobStore(JobStore):
         return invocations(job, found)
 
     def queued(self, job: JobId) -> tuple[Invocation, ...]:
-        """The tokens that nobody runs, those that wait longest first."""
         return invocations(job, self._call(self._oversight, job, "queued"))
 
     def running(self, job: JobId) -> tuple[RunningToken, ...]:

@@ -96,14 +96,20 @@ function operations.expired()
 end
 
 function operations.queued()
-  local job = get_job()
-  local found = {}
+  local job, found, invoke = get_job(), {}, {}
   for _, token in ipairs(job and job.status == RUNNING and call('ZRANGE', Q, 0, -1) or {}) do
     if token ~= '' then
-      add_invocation(found, token, get(T, token))
+      found[#found + 1] = {get(T, token), token}
     end
   end
-  return found
+  table.sort(found, function(a, b)
+    local first, second = a[1].stamped_at, b[1].stamped_at
+    return first < second or (first == second and a[2] < b[2])
+  end)
+  for _, item in ipairs(found) do
+    add_invocation(invoke, item[2], item[1])
+  end
+  return invoke
 end
 
 function operations.running()
