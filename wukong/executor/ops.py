@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import itemgetter, length_hint
 from typing import Any, TypeAlias, cast
 
 from wukong.executor.events import Edges
@@ -67,6 +67,13 @@ class Running:
             self.part = part
             self.n_begun = 1  # the task that was running meanwhile
         self.iterator = iter(self.ops[self.n_begun :])
+
+
+def task_now(running: Running | None) -> int:
+    """The task that a run has begun last, -1 for none. By the run's own thread only."""
+    if running is None:
+        return -1
+    return running.ops[len(running.ops) - length_hint(running.iterator) - 1][0]
 
 
 def prepare_ops(program: Program, part: Part) -> list[Op]:

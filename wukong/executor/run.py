@@ -70,9 +70,9 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.executor.ops import Op, Running, prepare_ops, reads_of
+from wukong.executor.ops import Op, Running, prepare_ops, reads_of, task_now
 from wukong.executor.recorder import Recorder
-from wukong.executor.scene import lender_of
+from wukong.executor.scene import Place, lender_of
 from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
 from wukong.executor.serialize_programs import ONCE, Program
 from wukong.executor.wire import (
@@ -122,7 +122,7 @@ class Executor:
         self._jobs = store.jobs
         self._queue = store.queue
         self._invoker = invoker
-        self._lender = lender_of(invoker)
+        self._place = Place(holder, lender_of(invoker), lambda: task_now(self._running))
         self._holder = holder
         self._core = ExecutorCore(holder, policy, new_attempt)
         self._policy = policy
@@ -341,7 +341,7 @@ class Executor:
         self._running = running
         while True:
             loop_over_tasks = partial(self._run_ops, iterator, program)
-            error = program.play(loop_over_tasks, self._holder, self._lender)
+            error = program.play(loop_over_tasks, self._place)
             with running.gate:  # a split may be under way: wait for what it leaves
                 if error is not None or running.iterator is iterator:
                     self._running = None

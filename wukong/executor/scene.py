@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from wukong.executor.messages import HolderId
@@ -32,10 +33,21 @@ class NoLender:
         """See `Lender`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The executor that runs tasks, as far as a scene needs it."""
+
+    holder: HolderId
+    """Its name in the store."""
+    lender: Lender
+    task_now: Callable[[], int]
+    """The id of the task that is run just now."""
+
+
 class Scene(Protocol):
     """Sent with a program, and entered for each of its runs. Must pickle where programs do."""
 
-    def play(self, loop_over_tasks: Callable[[], T], holder: HolderId, lender: Lender) -> T:
+    def play(self, loop_over_tasks: Callable[[], T], place: Place) -> T:
         """Run tasks in the scene, by calling `loop_over_tasks` once."""
         ...
 

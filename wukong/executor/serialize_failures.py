@@ -16,6 +16,9 @@ from typing import Any
 from wukong.errors import TaskError
 from wukong.executor.serialize import is_picklable, pickle_in_band
 
+N_CAUSES = 5
+"""Of a chain of exceptions that cause each other, so many are pickled."""
+
 
 class RemoteTraceback(Exception):
     """The traceback of a task's exception as it was on the executor; its text is `str(self)`.
@@ -161,6 +164,7 @@ def _pickled_forms(error: BaseException, message: str) -> Iterator[bytes]:
     """Yield pickles of an exception, the most faithful first."""
     state = {name: item for name, item in vars(error).items() if is_picklable(item)}
     forms = (
+        *([_Caused(error, N_CAUSES)] if error.__cause__ is not None else []),
         _Reduced(error),
         error,
         _Rebuilt(type(error), error.args, state),
@@ -180,6 +184,24 @@ def _same(pickled: bytes, error: BaseException, message: str) -> bool:
         return type(copy) is type(error) and str(copy) == message
     except Exception:
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Caused:
+    """Pickles as an exception with its cause, which unpickling sets as any attribute."""
+
+    error: BaseException
+    n_causes: int
+    """So many of a chain are kept."""
+
+    def __reduce__(self) -> Any:
+        reduced: Any = self.error.__reduce_ex__(5)
+        kind, args, *state = reduced
+        attributes = dict(state[0] or {}) if state else {}
+        cause = self.error.__cause__
+        if cause is not None and self.n_causes > 0:
+            attributes["__cause__"] = _Caused(cause, self.n_causes - 1)
+        return kind, args, attributes
 
 
 @dataclass(frozen=True, slots=True)

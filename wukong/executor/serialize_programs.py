@@ -19,8 +19,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from wukong.errors import SerializationError
-from wukong.executor.messages import HolderId, Part
-from wukong.executor.scene import Lender, Scene
+from wukong.executor.messages import Part
+from wukong.executor.scene import Place, Scene
 from wukong.executor.serialize import Buffer, Codec, Encoded, is_plain, pickle_value
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ class Program:
     scene: Scene | None = None
     """What surrounds the tasks while they run."""
 
-    def play(self, loop_over_tasks: Callable[[], T], holder: HolderId, lender: Lender) -> T:
+    def play(self, loop_over_tasks: Callable[[], T], place: Place) -> T:
         """Call `loop_over_tasks` in the client's context and in the scene."""
         if self.scene is not None:
-            loop_over_tasks = partial(self.scene.play, loop_over_tasks, holder, lender)
+            loop_over_tasks = partial(self.scene.play, loop_over_tasks, place)
         # A copy of the context for each run: one is entered by one thread at a time.
         return (
             loop_over_tasks() if self.context is None else self.context.copy().run(loop_over_tasks)

@@ -67,6 +67,8 @@ INLINE_TASKS = 100
 LOOK_S = 1.0
 """How often clients that have fallen silent are looked for."""
 
+KEPT_BYTES = 1 << 20
+"""A graph of fewer pickled bytes is kept while its keys are, for clients that run a task again."""
 RESTART_S = 0.05
 """A restart is answered so long after clients have been told of it."""
 NO_ACTORS = (
@@ -277,13 +279,15 @@ class DaskServer(KeyServer):
         try:
             if actors:
                 raise NotImplementedError(NO_ACTORS)
-            is_small = size_of_message(expr_ser) < INLINE_BYTES
+            n_bytes = size_of_message(expr_ser)
+            is_small = n_bytes < INLINE_BYTES
             sent = read_graph(expr_ser) if is_small else await offload(read_graph, expr_ser)
-            del expr_ser
+            source = expr_ser if n_bytes < KEPT_BYTES else None
             is_small = is_small and len(sent.dsk) < INLINE_TASKS
             async with self._extending:
+                self.give_back()  # what the client has released before it sent this
                 piece = cut_known(sent, keys, self.tasks, annotations or {})
-                await self._extend(client, keys, piece, is_small)
+                await self._extend(client, keys, piece, is_small, source)
                 early, self._early = self._early, []
             self.learn(early)
         except MissingKey as error:
@@ -295,7 +299,9 @@ class DaskServer(KeyServer):
             report = {"exception": failure.pickled, "traceback": failure.frames or None}
             self.send(client, *[{"op": "task-erred", "key": key, **report} for key in keys])
 
-    async def _extend(self, client: str, keys: Sequence[Key], piece: Piece, is_small: bool) -> None:
+    async def _extend(
+        self, client: str, keys: Sequence[Key], piece: Piece, is_small: bool, source: object
+    ) -> None:
         """Add a piece to the session's job and its keys to the table, held by the client."""
         guard = Holder("the graph that is being added")
         try:
@@ -315,6 +321,7 @@ class DaskServer(KeyServer):
             made: dict[Key, Entry] = dict(piece.known)
             for key, value in zip(piece.keys, values, strict=True):
                 made[key] = self.futures.add(key, value)
+                made[key].source = source
                 self.futures.hold(made[key], guard)
             for key, upstream in piece.inputs.items():
                 self.futures.link(made[key], [made[k] for k in upstream if k in made])

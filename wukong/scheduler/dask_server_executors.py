@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,12 @@ class Executors:
         self._plugins: dict[str, bytes] = {}
         self._n_plugins = 0
         """Plugins that have been registered or taken away."""
+        self._local_lock = threading.Lock()
+        """Guards the two below."""
+        self._shown: dict[str, TaskWorker] = {}
+        """By address, where executors are threads."""
         self._local: dict[str, TaskWorker] = {}
+        """The same by the executor's name."""
         self.scratch = Scratch()
         server.handlers.update(
             {
@@ -73,14 +79,21 @@ class Executors:
 
     def _local_worker(self, holder: str) -> TaskWorker:
         """The worker that a thread of this process finds; by any thread."""
-        worker = self._local.get(holder)
-        if worker is None:
-            addresses = list(self._server.workers)
-            address = addresses[len(self._local) % len(addresses)]
-            worker = self._local[holder] = self._make_worker(holder, address)
-            for name, plugin in self._plugins.items():
-                self._server.loop.add_callback(worker.plugin_add, plugin, name)
-        return worker
+        with self._local_lock:
+            worker = self._local.get(holder)
+            if worker is None:
+                shown = list(self._local_workers().values())
+                worker = self._local[holder] = shown[len(self._local) % len(shown)]
+            return worker
+
+    def _local_workers(self) -> dict[str, TaskWorker]:
+        """One for each address."""
+        if not self._shown:
+            self._shown = {
+                address: self._make_worker(name, address)
+                for address, name in self._server.workers.items()
+            }
+        return self._shown
 
     def _make_worker(self, name: str, address: str) -> TaskWorker:
         server = self._server
@@ -136,11 +149,8 @@ class Executors:
         """Address -> how to call it, of the executors that can be called now."""
         server = self._server
         if self._are_threads:
-            numbers = enumerate(server.workers.items())
-            found: dict[str, Any] = {
-                address: self._local.setdefault(f"#{i}", self._make_worker(name, address))
-                for i, (address, name) in numbers
-            }
+            with self._local_lock:
+                found: dict[str, Any] = dict(self._local_workers())
         else:
             await self._greet(len(server.workers))
             found = dict(self._comms)

@@ -19,12 +19,15 @@ from distributed import profile
 from distributed.comm import Comm
 from distributed.core import Status
 from distributed.protocol import pickle
+from distributed.protocol.serialize import ToPickle
+from distributed.sizeof import sizeof
 from distributed.system import MEMORY_LIMIT
 from distributed.versions import get_versions
 from distributed.worker import run
 
 from wukong.scheduler.calls import Key
-from wukong.scheduler.dask_server_futures import DONE, FAILED, Entry
+from wukong.scheduler.dask_server_futures import DONE, FAILED, Entry, failed_inputs
+from wukong.scheduler.dask_server_graphs import read_graph
 
 if TYPE_CHECKING:
     from wukong.scheduler.dask_server import DaskServer
@@ -52,6 +55,9 @@ class Facts:
                 "profile_metadata": lambda **_: {"counts": [], "keys": {}},
                 "get_task_status": self.task_status,
                 "get_task_prefix_states": self.prefix_states,
+                "get_runspec": self.run_spec,
+                "get_error_cause": self.error_cause,
+                "key_of_task": self.key_of_task,
                 "get_story": lambda keys_or_stimuli=(): [],
                 "get_metadata": self.get_metadata,
                 "set_metadata": self.set_metadata,
@@ -162,6 +168,10 @@ class Facts:
         """Bytes of the keys that are there, by key or by kind."""
         tasks = self._server.tasks
         found = {key: tasks[key] for key in (tasks if keys is None else keys)}
+        unknown = [e for e in found.values() if e.state == DONE and not e.size_bytes]
+        objects = self._server.session.read([entry.value for entry in unknown])
+        for entry, value in zip(unknown, objects, strict=True):
+            entry.size_bytes = int(sizeof(value))
         sizes = {key: e.size_bytes for key, e in found.items() if e.size_bytes >= 0}
         if not summary:
             return sizes
@@ -185,6 +195,31 @@ class Facts:
             )
             counts[entry.state] += 1
         return states
+
+    def key_of_task(self, task: int) -> Key:
+        """The key of a task that is run; its number where no client holds it."""
+        entry = self._server.futures.entry_of(task)
+        return task if entry is None else entry.key
+
+    def run_spec(self, key: Any) -> ToPickle[Any]:
+        """A key's node, for a client that runs it itself.
+
+        Raises:
+            KeyError: it is not known, or came with a graph that was too large to be kept.
+        """
+        name = tuple(key) if isinstance(key, list) else key
+        source = self._server.tasks[name].source
+        if source is None:
+            raise KeyError(f"the graph of {name!r} is not kept: it is large, or it was scattered")
+        return ToPickle(read_graph(source).dsk[name])
+
+    def error_cause(self, keys: Iterable[Any]) -> Key | None:
+        """The key whose computation raised the error that the first failed one of `keys` has."""
+        for key in keys:
+            entry = self._server.tasks.get(tuple(key) if isinstance(key, list) else key)
+            if entry is not None and entry.state == FAILED:
+                return failed_inputs([entry])[-1].key
+        return None
 
     # -------------------------------------------------------------- notes
 

@@ -101,7 +101,9 @@ class Entry:
         "key",
         "readers",
         "size_bytes",
+        "source",
         "state",
+        "type",
         "value",
     )
 
@@ -111,6 +113,10 @@ class Entry:
         """The session's id."""
         self.state = WAITING
         self.size_bytes = -1
+        self.type: bytes | None = None
+        """Its value's type, pickled, where somebody has looked."""
+        self.source: object = None
+        """The graph that it came with, as it was sent."""
         self.failure: Failure | None = None
         self.holders: tuple[Holder, ...] = ()
         self.inputs: tuple[Entry, ...] = ()
@@ -163,7 +169,10 @@ class Entry:
     def report(self) -> dict[str, Any] | None:
         """What a client is told of it; None while there is nothing to tell."""
         if self.state == DONE:
-            return {"op": "key-in-memory", "key": self.key}
+            report: dict[str, Any] = {"op": "key-in-memory", "key": self.key}
+            if self.type is not None:
+                report["type"] = self.type
+            return report
         if self.state == FAILED:
             return {
                 "op": "task-erred",
@@ -202,6 +211,11 @@ class Futures:
             if source.readers is None:
                 source.readers = {}
             source.readers[entry] = None
+
+    def entry_of(self, value: int) -> Entry | None:
+        """An entry that a value belongs to."""
+        there = self._by_value.get(value)
+        return there[0] if isinstance(there, list) else there
 
     def forget(self, entry: Entry) -> None:
         """Take an entry out; its holders have none of it any more. Idempotent."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from distributed.protocol.serialize import Serialize, Serialized, deserialize
 
+from wukong.errors import MissingKey
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_futures import Entry
 from wukong.scheduler.dask_server_tasks import CoroutineCall
@@ -74,8 +75,11 @@ def read_graph(expr_ser: Any) -> Sent:
             "the graph cannot be read on the server: "
             f"{type(error).__name__}: {error}; are the same packages installed there?"
         ) from error
-    dsk = dict(expr.__dask_graph__())
-    annotations = {name: dict(of) for name, of in expr.__dask_annotations__().items()}
+    if isinstance(expr, Mapping):  # clients send one when they run a task again themselves
+        dsk, annotations = dict(expr), {}
+    else:
+        dsk = dict(expr.__dask_graph__())
+        annotations = {name: dict(of) for name, of in expr.__dask_annotations__().items()}
     if not all(hasattr(node, "dependencies") for node in dsk.values()):
         dsk = dask_nodes(dsk, {})
     for node in dsk.values():
@@ -97,6 +101,8 @@ def cut_known(
         keys: requested.
         entries: the table.
         common: annotations of all tasks; the graph's own win.
+    Raises:
+        MissingKey: the graph reads a key that is nowhere.
     """
     known: dict[Key, Entry] = {}
     if entries:
@@ -115,6 +121,10 @@ def cut_known(
         per_key = {key: value(key) if callable(value) else value for key in sent.dsk}
         annotations[name] = {**per_key, **annotations.get(name, {})}
     new_keys = [key for key in dict.fromkeys(keys) if key not in known]
+    for reader, read in sent.reads.items():
+        lost = [key for key in read if key not in sent.dsk and key not in known]
+        if lost:
+            raise MissingKey(f"{reader!r} needs {lost[0]!r}, which was cancelled or released")
     inputs = _nearest(sent.reads, new_keys, known)
     return Piece(sent.dsk, annotations, priority, new_keys, known, inputs)
 

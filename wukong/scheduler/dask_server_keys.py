@@ -7,10 +7,13 @@ a scheduler's.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from distributed.core import Server
+from distributed.sizeof import sizeof
 
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_clients import Outbox
@@ -31,6 +34,19 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 0.02
 """A retry begins so long after its answer, which the client must see before the new results."""
+
+
+LOOKED_AT = 64
+LOOKED_AT_BYTES = 1 << 18
+"""News of at most so many values, of so many bytes together, are reported with their types."""
+
+
+@cache
+def pickled_type(kind: Any) -> bytes | None:
+    """A type as a client can be told of it; None if it could not import it."""
+    if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+        return None
+    return pickle.dumps(kind)
 
 
 class KeyServer(Server):
@@ -94,6 +110,7 @@ class KeyServer(Server):
         unknown: list[int] = []
         for one in news:
             finished += self.futures.finish(one, unknown)
+        self.look_at(finished)
         for entry in finished:
             report = entry.report()
             for holder in entry.holders:
@@ -110,6 +127,21 @@ class KeyServer(Server):
         if nobody is not None:
             self.let_go([entry for entry in finished if nobody in entry.holders], nobody)
         return bool(unknown)
+
+    def look_at(self, finished: Sequence[Entry]) -> None:
+        """Note types and sizes of values, where that costs little: of some small ones."""
+        there = [entry for entry in finished if entry.state == DONE and entry.type is None]
+        n_bytes = sum([entry.size_bytes for entry in there])
+        if not there or len(there) > LOOKED_AT or n_bytes > LOOKED_AT_BYTES:
+            return
+        try:
+            objects = self.session.read([entry.value for entry in there])
+        except Exception:  # not to be read here, or gone: then nobody needs to know
+            return
+        for entry, value in zip(there, objects, strict=True):
+            entry.type = pickled_type(type(value))  # type: ignore[arg-type]  # types hash
+            if not entry.size_bytes:  # the store has the object itself
+                entry.size_bytes = int(sizeof(value))
 
     def show_transition(self, key: Key, state: str, facts: Mapping[str, object]) -> None:
         """Tell plugins that a key has got another state."""
@@ -162,10 +194,10 @@ class KeyServer(Server):
         unwanted = [entry for entry in entries if self.futures.let_go(entry, holder)]
         if unwanted:
             if not self._unwanted:
-                self.loop.add_callback(self._give_back)
+                self.loop.add_callback(self.give_back)
             self._unwanted += unwanted
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         """Give values back that nobody holds."""
         unwanted, self._unwanted = self._unwanted, []
         # Somebody may have taken it again meanwhile, or it may be twice in the list.

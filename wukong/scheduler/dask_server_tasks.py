@@ -35,8 +35,7 @@ from distributed.utils import LoopRunner, import_file, in_async_call, set_thread
 from distributed.versions import get_versions
 from distributed.worker import _worker_cvar, run
 
-from wukong.executor.messages import HolderId
-from wukong.executor.scene import Lender
+from wukong.executor.scene import Place
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +71,18 @@ class TaskScene:
         # Unpickled before the functions and constants of the tasks, which may ask for the worker.
         return _arrive, (self.address, self.security, self.n_plugins)
 
-    def play(self, loop_over_tasks: Callable[[], T], holder: HolderId, lender: Lender) -> T:
+    def play(self, loop_over_tasks: Callable[[], T], place: Place) -> T:
         """Run tasks in the scene."""
         if self._local is not None:
-            worker = self._local(holder)
+            worker = self._local(place.holder)
         else:
             home = _arrive(self.address, self.security, self.n_plugins).home
             worker = home.worker
-            worker.name = holder
             home.wait_plugins(self.n_plugins)
-        place = _Place(functools.partial(lender.lend, holder), lender.take_back)
-        state = {"worker": worker, "scheduler": worker.scheduler.address, "executor": place}
+        seat = _Seat(place)
+        state = {"worker": worker, "scheduler": worker.scheduler.address, "executor": seat}
         token = _worker_cvar.set(worker)  # type: ignore[arg-type]  # it stands in for Dask's
-        pool_state.executor, pool_state.proceed = place, True
+        pool_state.executor, pool_state.proceed = seat, True
         try:
             with set_thread_state(start_time=time.time(), execution_state=state, key=worker.name):
                 return loop_over_tasks()
@@ -98,12 +96,11 @@ class TaskScene:
         return _homes[self.address]
 
 
-class _Place:
+class _Seat:
     """What `secede` and `rejoin` know as the thread pool in which a task runs."""
 
-    def __init__(self, leave: Callable[[], None], come_back: Callable[[], None]) -> None:
-        self._leave = leave
-        self._come_back = come_back
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self._has_left = False
         self._threads = self
         self._rejoin_lock = threading.Lock()
@@ -118,7 +115,7 @@ class _Place:
         if self._has_left:
             raise KeyError(thread)
         self._has_left = True
-        self._leave()
+        self.place.lender.lend(self.place.holder)
 
     def _adjust_thread_count(self) -> None:
         """`remove` has seen to it."""
@@ -129,7 +126,7 @@ class _Place:
             waiting, self._rejoin_list = self._rejoin_list, []
         if self._has_left:
             self._has_left = False
-            self._come_back()
+            self.place.lender.take_back()
         for _, event in waiting:
             event.set()
 
@@ -219,9 +216,16 @@ class TaskWorker:
             msg = {**msg, "worker": self.name}
         self._log(topic, msg)
 
-    def get_current_task(self) -> str:
-        """The executor's name: which task runs on it the server is not told."""
-        return self.name
+    def get_current_task(self) -> Any:
+        """The key of the task that asks; a number where it is no key that a client holds.
+
+        Raises:
+            ValueError: it is not asked by a task.
+        """
+        seat = getattr(pool_state, "executor", None)
+        if not isinstance(seat, _Seat):
+            raise ValueError("not in a task")
+        return sync(self.loop, self.scheduler.key_of_task, task=seat.place.task_now())
 
     def handle_stimulus(self, *_events: object) -> None:
         """Of no interest to the server."""
