@@ -58,6 +58,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.rdma.frames",
         "wukong.rdma.lease*",
         "wukong.rdma.queue_pairs",
+        "wukong.rdma.scaling",
         "wukong.rdma.transport",
         "wukong.trace",
     ),
@@ -116,7 +117,15 @@ PURE = {
     *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),
     *(
         f"wukong.rdma.{name}"
-        for name in ["arena", "frames", "lease", "lease_grants", "queue_pairs", "transport"]
+        for name in [
+            "arena",
+            "frames",
+            "lease",
+            "lease_grants",
+            "queue_pairs",
+            "scaling",
+            "transport",
+        ]
     ),
     *(f"wukong.scheduler.{name}" for name in ["calls", "holdings", "job", "recovery", "strands"]),
     *(

@@ -11,7 +11,11 @@ import sys
 
 from tests.rdma_guest import guest
 
-INSIDE = '"$PYTHON" -m pytest -q -p no:cacheprovider tests/rdma_guest/inside.py'
+PYTEST = '"$PYTHON" -m pytest -q -p no:cacheprovider tests/rdma_guest'
+PARTS = (
+    [f"{PYTEST}/inside.py"],
+    ['"$PYTHON" -m tests.rdma_guest.peer listen', f"{PYTEST}/across.py"],
+)
 
 
 def main() -> int:
@@ -30,7 +34,11 @@ def main() -> int:
         return 1 if os.environ.get("CI") == "true" else 0
     if len(options.command) > 2:
         parser.error("one or two commands")
-    return guest.run_guests(kernel, options.command or [INSIDE], options.timeout_s)
+    for commands in [options.command] if options.command else PARTS:
+        status = guest.run_guests(kernel, commands, options.timeout_s)
+        if status:
+            return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -335,3 +335,22 @@ def test_a_connection_has_a_domain_and_regions_of_its_own(meet: Meet) -> None:
     assert resources() == {"pd": 2, "cq": 4, "qp": 2, "mr": 4}
     meet("echo")
     assert resources() == {"pd": 4, "cq": 8, "qp": 4, "mr": 8}
+
+
+@pytest.mark.parametrize("bindings", ["ibverbs", "pyverbs"])
+def test_a_port_that_goes_down_ends_its_connections_and_is_found_no_more(
+    meet: Meet, bindings: str
+) -> None:
+    transport, pid = meet("echo", bindings)
+    assert call(transport, b"there") == b"there"
+    subprocess.run(["ip", "link", "set", "rd0", "down"], check=True)
+    try:
+        with pytest.raises(LeaseLost, match="the device reports an error"):
+            transport.wait(WAIT_S, 0.0)
+        wait_gone(pid)
+        assert find_ports() == []
+        assert "has a port that is up" in transport_verbs.missing()
+    finally:
+        subprocess.run(["ip", "link", "set", "rd0", "up"], check=True)
+    again, _ = meet("echo", bindings)
+    assert call(again, b"back") == b"back"

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 
 import numpy as np
@@ -20,6 +21,7 @@ from wukong.rdma.ports import find_ports
 from wukong.rdma.transport_verbs import VerbsEnd, VerbsTransport
 
 ARENA_BYTES = 1 << 20
+PORT = 7471
 WAIT_S = 60.0
 
 
@@ -29,14 +31,18 @@ def connect(
     """Meet the other end on the socket, and return the transport."""
     end = VerbsEnd(sock, find_ports()[0], arena_bytes, bindings)
     sock.sendall(json.dumps(dict(end.offer)).encode() + b"\n")
+    return end.connect(json.loads(read_line(sock)), ())
+
+
+def read_line(sock: socket.socket) -> str:
+    """A line, byte by byte: what follows it is the transport's."""
     line = b""
-    # Byte by byte: what follows the line is the transport's.
     while not line.endswith(b"\n"):
         new = sock.recv(1)
         if not new:
-            raise LeaseLost("the peer is gone before it has offered anything")
+            raise LeaseLost("the peer is gone before it has said anything")
         line += new
-    return end.connect(json.loads(line), ())
+    return line.decode().strip()
 
 
 def echo(transport: VerbsTransport) -> None:
@@ -129,24 +135,41 @@ def serve() -> None:
 
     A process by fork has nothing to import, which takes seconds on the guest's one processor.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for their exit status
-    verbs.find_bindings()
     orders = socket.socket(fileno=0)
     while True:
         order, fds, _, _ = socket.recv_fds(orders, 1024, 1)
         if not order:
             return
-        pid = os.fork()
-        if not pid:
-            mode, bindings, arena_bytes = order.decode().split()
-            transport = connect(socket.socket(fileno=fds[0]), bindings, int(arena_bytes))
-            with contextlib.suppress(LeaseLost):
-                globals()[mode](transport)
-            transport.close()
-            os._exit(0)
-        os.close(fds[0])
+        pid = start(order.decode(), socket.socket(fileno=fds[0]))
         orders.sendall(pid.to_bytes(4, "little"))
 
 
+def listen() -> None:
+    """The same for connections from the other host, each of which begins with its order."""
+    with socket.create_server((os.environ["GUEST_ADDRESS"], PORT)) as listener:
+        while True:
+            sock, _ = listener.accept()
+            order = read_line(sock)
+            if order == "end":
+                return
+            start(order, sock)
+
+
+def start(order: str, sock: socket.socket) -> int:
+    """Fork a process that behaves as the order says; returns its pid."""
+    pid = os.fork()
+    if pid:
+        sock.close()
+        return pid
+    mode, bindings, arena_bytes = order.split()
+    with contextlib.suppress(LeaseLost):
+        transport = connect(sock, bindings, int(arena_bytes))
+        globals()[mode](transport)
+        transport.close()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    serve()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for their exit status
+    verbs.find_bindings()
+    listen() if sys.argv[1:] == ["listen"] else serve()

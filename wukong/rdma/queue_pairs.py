@@ -15,8 +15,9 @@ SEND_DEPTH = 256
 """Writes under way at once; every device takes more (rxe: 16,384)."""
 ACK_TIMEOUT = 14
 """A write is repeated after 4.096 us * 2**14 = 67 ms (InfiniBand specification, 11.6.2)."""
-N_RETRIES = 7
-"""The most that there are: a dead peer is known after about 0.5 s, on some devices 4 s."""
+N_RETRIES = 6
+"""Of a write that is not acknowledged: a dead peer is known after 0.5 s, on some devices 4 s. The
+most that there are is 7, but rxe takes 7 for ever."""
 N_RNR_RETRIES = 6
 """Of a peer without a posted receive, which one that counts its credits never is; 7: for ever."""
 RNR_TIMER = 12
