@@ -125,7 +125,8 @@ class Scaling:
     ) -> list[str]:
         """Jobs that nobody has needed for long enough, the newest first."""
         n_spare = len(jobs) - max(self.nodes_min, -(-n_wanted_cores // self.cores_per_node))
-        idle_since, given_back = {}, []
+        idle_since: dict[str, float] = {}
+        given_back: list[str] = []
         for job in reversed(jobs):
             node = own.get(job.agent)
             if node is not None and node.n_free_cores < node.n_cores:
