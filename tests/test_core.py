@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from wukong.executor.core import ExecutorCore, Phase
+from wukong.executor.core import ExecutorCore
 from wukong.executor.events import (
     AbsorbAnswered,
     Action,
@@ -60,7 +60,7 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.executor.work import Policy
+from wukong.executor.work import Phase, Policy
 
 JOB = JobId("j")
 T = TokenId("t")

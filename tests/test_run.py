@@ -11,7 +11,7 @@ import dask
 import pytest
 
 from wukong.errors import StoreUnavailable
-from wukong.executor import run
+from wukong.executor import ops, run
 from wukong.executor.messages import HolderId, JobId, Status
 from wukong.executor.run import Executor
 from wukong.executor.wire import raise_error
@@ -104,7 +104,8 @@ class World:
 
 @pytest.fixture(params=["memory", "local"])
 def world(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "SPLIT_AFTER_S", 0.0)
+    monkeypatch.setattr(ops, "LOOK_AFTER_S", 0.0)
+    monkeypatch.setattr(ops, "LOOK_SHARE", 0.0)
     monkeypatch.setattr(run, "HAND_OVER_AFTER_S", 0.0)
     n_runs.clear()
     interruptions.clear()

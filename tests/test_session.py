@@ -223,28 +223,100 @@ def test_what_ended_in_errors_runs_again(client: Client) -> None:
 
 
 @pytest.mark.slow
-def test_lost_values_are_computed_again(tmp_path: Any) -> None:
+def test_results_are_told_of_while_their_strand_goes_on(client: Client) -> None:
+    gate = threading.Event()
+
+    def wait(i: int) -> int:
+        if i == 8:
+            gate.wait(LONG_S)
+        return i
+
+    client.session.extend({"first": (inc, 1)}, ["first"])
+    values = client.session.extend(
+        {f"w{i}": (wait, i) for i in range(12)}, [f"w{i}" for i in range(12)]
+    )
+    (after,) = client.extend({"after": (inc, "w2")}, "after", w2=values[2])
+    others = [value for i, value in enumerate(values) if i != 8]
+    assert client.results([*others, after]) == [i for i in range(12) if i != 8] + [3]
+    assert values[8] not in client.news
+    gate.set()
+    assert client.results(values[8:9]) == [8]
+
+
+@pytest.mark.slow
+def test_a_task_may_wait_for_one_that_stands_behind_it(client: Client) -> None:
+    gate = threading.Event()
+
+    def wait_or_set(i: int) -> bool:
+        if i == 39:
+            gate.set()
+        return gate.wait(LONG_S) if i == 0 else True
+
+    graph = {f"w{i}": (wait_or_set, i) for i in range(40)}
+    client.session.n_workers = 1
+    (busy,) = client.extend({"busy": (lambda: time.sleep(0.8) or True,)}, "busy")
+    assert client.results([*client.session.extend(graph, list(graph)), busy]) == [True] * 41
+
+
+class Unreadable:
+    """Cannot be unpickled."""
+
+    def __init__(self) -> None:
+        self.x = 1
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError("hello")
+
+
+def make_unreadable() -> Unreadable:
+    return Unreadable()
+
+
+@pytest.fixture
+def processes(tmp_path: Any) -> Iterator[Client]:
     url = f"local://{tmp_path}/store"
     store = open_store(url)
     assert store.blobs is not None
     pool = ProcessPool(url, 2, Policy(), store=store, folder=tmp_path)
     client = Client(store, pool)
-    try:
-        a, b = client.extend({"a": (ones, 100_000), "b": (inc, "a")}, "a", "b")
-        client.wait([a, b])
-        (c,) = client.extend({"c": (fail, "b")}, "c", b=b)
-        client.wait([c])
-        for blob in list((tmp_path / "store" / "blobs").rglob("*")):
-            if blob.is_file():
-                blob.unlink()
-        first, second, third = client.session.read([a, b, c])
-        assert (first.sum(), second.sum()) == (100_000, 200_000)
-        assert isinstance(third, Failure)
-        assert client.session.counters().view.generation == 1
-        client.session.release([a, b, c])
-        client.wait_until(lambda: not store.blobs.used_bytes())
-    finally:
-        client.session.close()
-        pool.close()
-        store.jobs.close()
-        store.blobs.close()
+    yield client
+    client.session.close()
+    pool.close()
+    assert store.jobs.jobs() == ()
+    store.jobs.close()
+    store.blobs.close()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_unpickled_is_an_error_of_what_reads_it(processes: Client) -> None:
+    client = processes
+    made, read, good = client.extend(
+        {"made": (make_unreadable,), "read": (type, "made"), "good": (inc, 1)},
+        *("made", "read", "good"),
+    )
+    (bad,) = client.extend({"bad": (type, Unreadable())}, "bad")
+    client.wait([made, read, good, bad])
+    failure = client.news[bad]
+    assert isinstance(failure, Failure)
+    assert (failure.type_name, failure.message) == ("builtins.TypeError", "hello")
+    assert client.results([good]) == [2]
+    assert client.session.counters().view.status == 1
+
+
+@pytest.mark.slow
+def test_lost_values_are_computed_again(processes: Client, tmp_path: Any) -> None:
+    client, store = processes, processes.store
+    assert store.blobs is not None
+    a, b = client.extend({"a": (ones, 100_000), "b": (inc, "a")}, "a", "b")
+    client.wait([a, b])
+    (c,) = client.extend({"c": (fail, "b")}, "c", b=b)
+    client.wait([c])
+    for blob in list((tmp_path / "store" / "blobs").rglob("*")):
+        if blob.is_file():
+            blob.unlink()
+    first, second, third = client.session.read([a, b, c])
+    assert (first.sum(), second.sum()) == (100_000, 200_000)
+    assert isinstance(third, Failure)
+    assert client.session.counters().view.generation == 1
+    client.session.release([a, b, c])
+    client.wait_until(lambda: not store.blobs.used_bytes())

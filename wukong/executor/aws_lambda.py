@@ -28,7 +28,7 @@ from wukong.executor.aws_lambda_invoker import LambdaInvoker
 from wukong.executor.aws_lambda_pace import Token
 from wukong.executor.aws_lambda_warm import WarmBlobs
 from wukong.executor.messages import HolderId, Invocation, JobId, StrandId, TokenId
-from wukong.executor.ops import Running
+from wukong.executor.ops import LOOK_AFTER_S, Running
 from wukong.executor.run import HAND_OVER_AFTER_S, Executor
 from wukong.executor.serialize_programs import Program
 from wukong.executor.work import Policy
@@ -310,7 +310,7 @@ class LambdaExecutor(Executor):
 
     def _split(self, running: Running) -> None:
         if self._core.is_draining and self._record.task_begun_at < self._early_until:
-            running.looked_at = time.monotonic()
+            running.look_at = time.monotonic() + LOOK_AFTER_S
             return
         super()._split(running)
 

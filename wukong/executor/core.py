@@ -18,7 +18,6 @@ whoever starts that token begins anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 from wukong.executor.events import (
     AbsorbAnswered,
@@ -69,21 +68,8 @@ from wukong.executor.messages import (
     Refused,
     TokenId,
 )
-from wukong.executor.split import cut_rest, split_rest
-from wukong.executor.work import Policy, Work, absorbing_feed, is_worth_a_split, task_limit
-
-
-class Phase(IntEnum):
-    """What the executor waits for."""
-
-    IDLE = 0
-    STARTING = 1
-    FETCHING = 2
-    RUNNING = 3
-    ABSORBING = 4
-    PUTTING = 5
-    COMMITTING = 6
-
+from wukong.executor.split import split_rest
+from wukong.executor.work import Phase, Policy, Work, absorbing_feed, choose_pieces, task_limit
 
 _EVENT_OF_PHASE: dict[Phase, tuple[type, ...]] = {
     Phase.STARTING: (Started,),
@@ -115,6 +101,8 @@ class ExecutorCore:
         self._new_attempt = new_attempt
         self._work: Work | None = None
         self._overdue = False
+        self._items: tuple[PutItem, ...] = ()
+        """What is being put."""
         self._collected: tuple[BlobId, ...] = ()
         self._renew_at: float | None = None
         self._retry: Action | None = None
@@ -167,8 +155,8 @@ class ExecutorCore:
             case Put(entries):
                 self._held().blobs += tuple(e.blob for _, e in entries if e.blob is not None)
                 return self._commit(entries)
-            case Broken(error):
-                return self._fail(error)
+            case Broken(error, part):
+                return self._broken(error, part)
             case Committed(Receipt() as receipt):
                 return self._committed(receipt, now)
             case Committed(Refused() as refused):
@@ -211,6 +199,11 @@ class ExecutorCore:
         return None if work is None else (work.job, work.token, work.attempt)
 
     @property
+    def is_open(self) -> bool:
+        """What runs is of an open job."""
+        return self._work is not None and self._work.is_open
+
+    @property
     def is_doomed(self) -> bool:
         """What runs is in vain: its token is spent, or its job is over."""
         return self._work is not None and self._work.doomed
@@ -226,6 +219,7 @@ class ExecutorCore:
             grant.n_starts,
             grant.n_deaths,
             grant.cause,
+            is_open=grant.is_open,
         )
         self._renew_at = now + self.policy.heartbeat_s
         self._work.inputs = [located.export for located in grant.inputs]
@@ -305,6 +299,7 @@ class ExecutorCore:
                 inline = n_small_bytes <= room
                 room -= n_small_bytes if inline else 0
                 items.append(PutItem(spec.export, small, None if inline else self._blob(work)))
+        self._items = tuple(item._replace(blob=None) for item in items)
         return [PutValues(tuple(items))]
 
     def _blob(self, work: Work) -> BlobId:
@@ -314,6 +309,7 @@ class ExecutorCore:
 
     def _commit(self, entries: tuple[tuple[ExportId, Entry], ...]) -> list[Action]:
         work = self._held()
+        self._items = ()
         recorded: dict[ExportId, list[Entry]] = {}
         for export, entry in entries:
             recorded.setdefault(export, []).append(entry)
@@ -340,6 +336,17 @@ class ExecutorCore:
             consumed=split.consumed if split else tuple(work.inputs),
             retained=split.retained if split else (),
         )
+
+    def _broken(self, error: bytes | object, part: Part | None) -> list[Action]:
+        """What cannot be run or encoded ends the job; in an open one its results are errors."""
+        work = self._held()
+        if work.is_open and self._items:
+            return [PutValues(self._items, error)]
+        if part is None:
+            return self._fail(error)
+        work.part = part
+        self.phase = Phase.RUNNING
+        return [Condemn(part, 0, "", error)]
 
     def _fail(self, error: bytes | object) -> list[Action]:
         """A task's exception ends a fail-fast job; so does a value that cannot be encoded."""
@@ -425,19 +432,11 @@ class ExecutorCore:
     def _split_running(self, overdue: Overdue, now: float) -> list[Action]:
         """Give away what has not begun, while a task runs on (rule 9)."""
         work = self._held()
-        unchanged = Resume(work.part, task_limit(work))
         if work.doomed:
             return [Resume(work.part, 0)]
-        if work.n_deaths or (self.is_draining and work.is_once):
-            return [unchanged]
-        if self.is_draining:
-            piece_of = [0] * len(overdue.edges.tasks)  # others go on, with this task too
-        elif not self.policy.split or overdue.n_idle < 1:
-            return [unchanged]
-        else:
-            piece_of = cut_rest(overdue.edges, overdue.n_idle + 1)
-            if max(piece_of) == 0 or not is_worth_a_split(work, overdue, self.policy, now):
-                return [unchanged]
+        piece_of = choose_pieces(work, overdue, self.policy, now, self.is_draining)
+        if piece_of is None:
+            return [Resume(work.part, task_limit(work))]
         self._overdue = True
         work.n_tasks += overdue.n_done
         work.sizes.update(overdue.sizes)
@@ -479,7 +478,7 @@ class ExecutorCore:
             self._ambiguous = True
         if failed.error is not None and now - self._failing_since >= self.policy.full_s:
             self._failing_since, self._n_failures = None, 0
-            return self._fail(failed.error)
+            return self._broken(failed.error, None)
         if now - self._failing_since >= self.policy.give_up_s:
             self._failing_since, self._n_failures = None, 0
             if self._overdue:

@@ -92,6 +92,8 @@ class Overdue:
     """Of the running task and all behind it."""
     n_idle: int
     """Executors that would start at once (a hint)."""
+    running_s: float = 0.0
+    """How long the running task has been seen to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class Broken:
     """
 
     error: bytes | object
+    part: Part | None = None
+    """What was to run, where the job may go on with errors as its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,8 @@ class Condemn:
     part: Part
     n_deaths: int
     cause: str
+    error: bytes | object | None = None
+    """Given when it cannot be run at all: the encoded error that its results are to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +237,8 @@ class PutValues:
     """Encode values, and make those with a blob id durable. Answer: `Put`, `Broken`."""
 
     items: tuple[PutItem, ...]
+    error: bytes | object | None = None
+    """The encoded error to put in place of each value."""
 
 
 @dataclass(frozen=True, slots=True)

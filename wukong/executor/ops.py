@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter, length_hint
 from typing import Any, TypeAlias, cast
 
 from wukong.executor.events import Edges
 from wukong.executor.messages import Part
+from wukong.executor.serialize import size_of
 from wukong.executor.serialize_programs import Program
 
 Op: TypeAlias = "tuple[int, Callable[..., Any], Sequence[int], tuple[int, ...]]"
@@ -19,6 +20,12 @@ A value is dropped before the operation that follows its last reader, so that wh
 nothing disappears that the task itself, or anything behind it, reads: whoever interrupts a run
 (`Executor.beat`) finds all of it.
 """
+
+LOOK_AFTER_S = 0.1
+"""A run is looked at this often, by the heartbeat thread, while other executors idle, or somebody
+waits for its values: long against what a split costs (a few ms), short for people."""
+LOOK_SHARE = 20.0
+"""Of a run's time, at most one part in so many is spent on looking at it."""
 
 _Nested: TypeAlias = "Callable[[Sequence[Any]], Any]"
 
@@ -33,10 +40,12 @@ class Running:
     iterator: Iterator[Op]
     """What has not begun. `list()` of it takes everything at once: the interpreter runs no other
     thread meanwhile, so each operation is either begun or taken."""
-    looked_at: float
-    """When it was begun, or last interrupted."""
+    look_at: float
+    """When to interrupt it next."""
     n_begun: int = 0
     """Operations that had begun when it was last interrupted."""
+    seen: tuple[int, float] = (0, 0.0)
+    """Operations that had begun at the last interruption, and since when there were no more."""
     is_withheld: bool = False
     """Nothing more is to begin, since the executor is to end."""
     gate: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +57,17 @@ class Running:
         if not self.is_withheld:
             self.n_begun = len(self.ops) - len(rest)
         return bool(rest)
+
+    def watch(self, now: float) -> float:
+        """Seconds for which the running operation has been seen to run."""
+        if self.seen[0] != self.n_begun:
+            self.seen = (self.n_begun, now)
+        return now - self.seen[1]
+
+    def look_later(self, begun_at: float, now: float) -> None:
+        """Set when to interrupt it next; not often, where that takes long."""
+        self.seen = (self.n_begun, self.seen[1])
+        self.look_at = now + max(LOOK_AFTER_S, LOOK_SHARE * (now - begun_at))
 
     def withhold(self) -> None:
         """Let nothing more begin; what has begun ends the run."""
@@ -115,6 +135,15 @@ def reads_of(ops: Iterable[Op]) -> Edges:
         tuple(op[0] for op in listed),
         tuple(tuple(sorted({s for s in op[2] if s >= 0})) for op in listed),
     )
+
+
+def sizes_of(
+    values: Mapping[int, object], part: Part, reads: Iterable[Sequence[int]]
+) -> dict[int, int]:
+    """Sizes of values that are exported, or that the rest reads, as far as they are there."""
+    wanted = dict.fromkeys(task for spec in part.exports for task in spec.tasks)
+    wanted.update(dict.fromkeys(task for tasks in reads for task in tasks))
+    return {task: size_of(values[task]) for task in wanted if task in values}
 
 
 def _flatten(

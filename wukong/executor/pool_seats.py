@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from wukong.executor.messages import HolderId, Invocation
-from wukong.executor.run import SPLIT_AFTER_S
+from wukong.executor.ops import LOOK_AFTER_S
 
 FAILED = 70
 """Exit status of an executor that ended by a defect or for lack of its store (`EX_SOFTWARE`)."""
@@ -282,7 +282,7 @@ class ProcessSeat:
             poll = select.poll()
             poll.register(self._lifeline_fd, select.POLLIN)
             poll.register(self._kick_fd, select.POLLIN)
-            timeout_s: float | None = SPLIT_AFTER_S
+            timeout_s: float | None = LOOK_AFTER_S
             while True:
                 fds = {fd for fd, _ in poll.poll(milliseconds(timeout_s))}
                 if self._lifeline_fd in fds:
@@ -292,7 +292,7 @@ class ProcessSeat:
                     self._heart_rests = not self._is_busy and len(self._executors) == 1
                     if self._heart_rests:
                         release_memory()
-                    timeout_s = None if self._heart_rests else SPLIT_AFTER_S
+                    timeout_s = None if self._heart_rests else LOOK_AFTER_S
                 if self._kick_fd in fds:
                     # Work has just begun: there is nothing to renew or to split yet.
                     os.eventfd_read(self._kick_fd)

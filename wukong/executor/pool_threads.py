@@ -20,11 +20,12 @@ from dask.system import CPU_COUNT
 from wukong.errors import InvokeError
 from wukong.executor.invoker import Invoker
 from wukong.executor.messages import HolderId, Invocation
+from wukong.executor.ops import LOOK_AFTER_S
 from wukong.executor.pool_handed import HandedExecutor, HandedTokens
 from wukong.executor.pool_launch import BLAS_VARIABLES
 from wukong.executor.pool_seats import Runner, run_until_drained
 from wukong.executor.pool_zygote import GRACE_S
-from wukong.executor.run import SPLIT_AFTER_S, Executor
+from wukong.executor.run import Executor
 from wukong.executor.work import Policy
 from wukong.storage import Store
 
@@ -219,7 +220,7 @@ class ThreadPool:
                 busy = [seat for seat in self._seats if seat.is_busy]
                 self._heart_rests = not busy
             with contextlib.suppress(Empty):
-                self._kicks.get(timeout=SPLIT_AFTER_S if busy else None)
+                self._kicks.get(timeout=LOOK_AFTER_S if busy else None)
                 continue  # work has just begun, or the pool is closed
             for seat in busy:
                 seat.executor.beat()

@@ -29,7 +29,8 @@ from wukong.errors import (
     SerializationError,
     StoreUnavailable,
 )
-from wukong.executor.core import ExecutorCore, Phase
+from wukong.executor import ops
+from wukong.executor.core import ExecutorCore
 from wukong.executor.events import (
     AbsorbAnswered,
     Action,
@@ -70,26 +71,21 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.executor.ops import Op, Running, prepare_ops, reads_of, task_now
 from wukong.executor.recorder import Recorder
 from wukong.executor.scene import Place, lender_of
 from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
-from wukong.executor.serialize_programs import ONCE, Program
+from wukong.executor.serialize_programs import NO_PROGRAM, ONCE, Program
 from wukong.executor.wire import (
     Error,
     PutRequest,
     Traffic,
     UnreadableExports,
     Wire,
-    measure,
     open_wire,
 )
-from wukong.executor.work import Policy
+from wukong.executor.work import Phase, Policy
 from wukong.storage import Store
 
-SPLIT_AFTER_S = 0.1
-"""A run is looked at this often, by the heartbeat thread, while other executors idle: long against
-what a split costs (a few ms), short against what people notice."""
 STUCK_AFTER_S = 2.0
 """A task that goes on this long after its job has ended is stuck, as far as others can tell."""
 HAND_OVER_AFTER_S = 2.0
@@ -122,7 +118,7 @@ class Executor:
         self._jobs = store.jobs
         self._queue = store.queue
         self._invoker = invoker
-        self._place = Place(holder, lender_of(invoker), lambda: task_now(self._running))
+        self._place = Place(holder, lender_of(invoker), lambda: ops.task_now(self._running))
         self._holder = holder
         self._core = ExecutorCore(holder, policy, new_attempt)
         self._policy = policy
@@ -138,10 +134,10 @@ class Executor:
         self._values: dict[int, Any] = {}
         self._failed: set[int] = set()
         """Tasks whose value is an error."""
-        self._running: Running | None = None
+        self._running: ops.Running | None = None
         self._record = Recorder(holder, shares_client=store.blobs is None)
         self._record_sent: tuple[SendCommit, trace.RunRecord] | None = None
-        self._program: Program | None = None
+        self._program = NO_PROGRAM
 
     # -------------------------------------------------------------- what pools call
 
@@ -181,11 +177,11 @@ class Executor:
         if running is None:
             return self._policy.heartbeat_s
         self._look_if_stuck(now)
-        is_due = now - running.looked_at >= SPLIT_AFTER_S and not self._core.is_doomed
-        is_wanted = self._policy.split and self._invoker.n_idle() > 0
+        is_due = now >= running.look_at and not self._core.is_doomed
+        is_wanted = self._core.is_open or (self._policy.split and self._invoker.n_idle() > 0)
         if is_due and (is_wanted or now - self._drained_at >= HAND_OVER_AFTER_S):
             self._split(running)
-        return SPLIT_AFTER_S
+        return ops.LOOK_AFTER_S
 
     def _look_if_stuck(self, now: float) -> None:
         if not self._core.is_doomed:
@@ -314,10 +310,16 @@ class Executor:
             # A program that is gone can be made again by nobody; inputs have been dealt with above.
             # What a user's class raises when it is unpickled comes back as itself, as with Dask.
             users = error.__cause__ if isinstance(error, SerializationError) else None
-            return Broken(wire.put_error(wire.failure(users or error, -1)))
+            broken = wire.put_error(wire.failure(users or error, -1))
+            return Broken(broken, self._part_of(wire, fetch) if self._core.is_open else None)
         self._values.update((t, v) for t, v in values.items() if t in missing)
         self._failed = {t for t, v in self._values.items() if isinstance(v, Failure | Raised)}
         return Fetched(part, any(program.retries.get(t) == ONCE for t in part.tasks))
+
+    def _part_of(self, wire: Wire, fetch: Fetch) -> Part | None:
+        """What was to run, though its program or its inputs cannot be unpickled here."""
+        self._program = NO_PROGRAM
+        return fetch.part or wire.read_part(fetch.program)
 
     def _load(self, wire: Wire, fetch: Fetch) -> Program:
         program = self._programs.get((fetch.job, fetch.base))
@@ -332,11 +334,11 @@ class Executor:
     # -------------------------------------------------------------- the run
 
     def _run(self, part: Part, limit: int) -> Event:
-        program = self._program_now()
+        program = self._program
         self._values.update(program.literals)
-        ops = prepare_ops(program, part)[:limit]
-        iterator = iter(ops)
-        running = Running(part, ops, iterator, time.monotonic())
+        flat = ops.prepare_ops(program, part)[:limit]
+        iterator = iter(flat)
+        running = ops.Running(part, flat, iterator, time.monotonic() + ops.LOOK_AFTER_S)
         self._record.fetched()
         self._running = running
         while True:
@@ -356,10 +358,10 @@ class Executor:
         if n_done == len(part.tasks):
             return Ran(n_done, self._sizes(part, ()))
         left = part._replace(tasks=part.tasks[n_done:])
-        edges = reads_of(prepare_ops(program, left))
+        edges = ops.reads_of(ops.prepare_ops(program, left))
         return Ran(n_done, self._sizes(part, edges.inputs), edges)
 
-    def _run_ops(self, iterator: Iterator[Op], program: Program) -> Error | None:
+    def _run_ops(self, iterator: Iterator[ops.Op], program: Program) -> Error | None:
         """The loop over tasks. Returns the error that ends a fail-fast job, or None."""
         values, failed, ended = self._values, self._failed, self._record.ended
         clock = time.perf_counter
@@ -412,9 +414,11 @@ class Executor:
         return self._wire_now().failure(raised, task)
 
     def _condemn(self, condemn: Condemn) -> Ran:
-        tasks, program = condemn.part.tasks, self._program_now()
+        tasks, program = condemn.part.tasks, self._program
         task = next((t for t in tasks if program.retries.get(t) == ONCE), tasks[0])
         failure = self._wire_now().failure(death_error(condemn.n_deaths, condemn.cause), task)
+        if condemn.error is not None:
+            failure = self._wire_now().read_error(condemn.error)
         self._record.fetched()
         if not program.fail_fast:
             self._values.update(dict.fromkeys(tasks, failure))
@@ -422,40 +426,39 @@ class Executor:
         return self._ran(condemn.part, program, failure if program.fail_fast else None)
 
     def _sizes(self, part: Part, reads: Sequence[Sequence[int]]) -> dict[int, int]:
-        """Sizes of values that are exported, or that the rest reads, as far as they are there."""
-        if not self._wire_now().is_measured:
-            return {}
-        wanted = dict.fromkeys(task for spec in part.exports for task in spec.tasks)
-        wanted.update(dict.fromkeys(task for values in reads for task in values))
-        there = [task for task in wanted if task in self._values]
-        return dict(zip(there, measure([self._values[task] for task in there]), strict=True))
+        return ops.sizes_of(self._values, part, reads) if self._wire_now().is_measured else {}
 
     # -------------------------------------------------------------- splitting a run
 
-    def _split(self, running: Running) -> None:
+    def _split(self, running: ops.Running) -> None:
         """Take what has not begun, and do with it what the core says. (Heartbeat thread.)"""
         with running.gate:
             if self._running is not running:
                 return
-            running.looked_at = time.monotonic()
-            has_rest = running.interrupt() or self._core.is_draining
-            if not has_rest or not running.n_begun:
+            begun_at = time.monotonic()
+            is_rest = running.interrupt() or self._core.is_draining or self._core.is_open
+            if not is_rest or not running.n_begun:
                 running.resume(running.part, len(running.part.tasks))
                 return
             part, n_done = running.part, running.n_begun - 1
-            edges = reads_of(running.ops[n_done:])
+            edges = ops.reads_of(running.ops[n_done:])
             self._record.close(part.tasks[:n_done])
-            event = Overdue(n_done, self._sizes(part, edges.inputs), edges, self._invoker.n_idle())
+            sizes, running_s = self._sizes(part, edges.inputs), running.watch(begun_at)
+            event = Overdue(n_done, sizes, edges, self._invoker.n_idle(), running_s)
             with self._lock:
                 actions = self._core.handle(event, time.monotonic())
             self._drive(actions, lambda: self._core.phase is Phase.RUNNING)
             if running.part is part:
                 self._record.reopen(n_done)
+            running.look_later(begun_at, time.monotonic())
 
     # -------------------------------------------------------------- outputs
 
     def _put(self, action: PutValues) -> Event:
         wire = self._wire_now()
+        if action.error is not None:
+            spoilt = [task for item in action.items for task in item.tasks]
+            self._values.update(dict.fromkeys(spoilt, wire.read_error(action.error)))
         requests = [
             PutRequest(export, tasks, [self._values[task] for task in tasks], blob)
             for export, tasks, blob in action.items
@@ -466,7 +469,7 @@ class Executor:
             except SerializationError as error:
                 task = -1 if error.task is None else error.task
                 failure = wire.failure(error, task)
-                if task < 0 or self._program_now().fail_fast:
+                if task < 0 or self._program.fail_fast:
                     return Broken(wire.put_error(failure))
                 self._values[task] = failure
                 for request in requests:
@@ -486,13 +489,9 @@ class Executor:
         record = self._record_sent[1]
         return trace.pack(record) if self._wire_now().is_measured else record
 
-    def _program_now(self) -> Program:
-        assert self._program is not None, "nothing has been fetched"
-        return self._program
-
     def _wire_now(self) -> Wire:
-        assert self._core.held is not None, "no token is held"
-        return self._wire(self._core.held[0])
+        assert self.held is not None, "no token is held"
+        return self._wire(self.held[0])
 
 
 def new_attempt() -> AttemptId:

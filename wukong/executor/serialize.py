@@ -27,7 +27,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import Any
 
@@ -120,6 +120,17 @@ class Encoded:
         return b"".join(self.parts)
 
 
+def _load(stream: memoryview, buffers: list[memoryview]) -> Any:
+    try:
+        return pickle.loads(stream, buffers=buffers)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise SerializationError(
+            f"a value cannot be unpickled here: {type(error).__name__}: {error}"
+        ) from error
+
+
 class Codec:
     """Turns values into signed buffers and back, with the key of one job.
 
@@ -132,7 +143,9 @@ class Codec:
     def __init__(self, key: bytes) -> None:
         self._keyed = hashlib.blake2b(key=key, digest_size=_MAC_BYTES)
 
-    def encode(self, value: object, context: bytes, *, is_plain: bool = False) -> Encoded:
+    def encode(
+        self, value: object, context: bytes, *, is_plain: bool = False, lead: bytes = b""
+    ) -> Encoded:
         """Pickle and sign a value; its arrays stay where they are, out of band.
 
         The parts view the value's memory: it must not change until they are written.
@@ -140,12 +153,15 @@ class Codec:
         Args:
             is_plain: the value holds nothing but plain data, and functions and classes, which are
                 importable for the most part: then C pickle is tried first, without our rules.
+            lead: sealed bytes that can be read even if the value cannot; see `decode_led`.
         Raises:
             SerializationError: the value, or a part of it, cannot be pickled.
         Cost: one read of the arrays for their checksums; copies only what is not contiguous.
         """
         stream, buffers, copied_bytes = pickle_plain(value) if is_plain else pickle_value(value)
         views = [buffer.raw() for buffer in buffers]
+        if lead:
+            views.insert(0, memoryview(lead))
         table = struct.pack(
             f"<{2 * len(views)}Q", *chain.from_iterable((v.nbytes, checksum(v)) for v in views)
         )
@@ -168,15 +184,28 @@ class Codec:
             SerializationError: what was pickled cannot be rebuilt here (a module is missing, ...).
         Cost: one read of the buffer, no copy of its arrays.
         """
+        return _load(*self._open(memoryview(buffer).cast("B"), context))
+
+    def decode_led(self, buffer: Buffer, context: bytes) -> tuple[memoryview, Callable[[], Any]]:
+        """The lead of a value that has one, and what unpickles the value; raises as `decode`."""
         stream, buffers = self._open(memoryview(buffer).cast("B"), context)
-        try:
-            return pickle.loads(stream, buffers=buffers)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise SerializationError(
-                f"a value cannot be unpickled here: {type(error).__name__}: {error}"
-            ) from error
+        return self.unseal(buffers[0], context), partial(_load, stream, buffers[1:])
+
+    def seal(self, stream: bytes, context: bytes) -> bytes:
+        """Sign bytes that lead a value and are to be unpickled, as buffers are not signed."""
+        return self._sign(context + b":sealed", b"", stream) + stream
+
+    def unseal(self, sealed: Buffer, context: bytes) -> memoryview:
+        """The bytes that `seal` has signed.
+
+        Raises:
+            SecurityError: they were not signed with this key for this context.
+        """
+        view = memoryview(sealed).cast("B")
+        mac, stream = view[:_MAC_BYTES], view[_MAC_BYTES:]
+        if not hmac.compare_digest(mac, self._sign(context + b":sealed", b"", stream)):
+            raise SecurityError("the signature does not match the job's key and the context")
+        return stream
 
     def _open(self, view: memoryview, context: bytes) -> tuple[memoryview, list[memoryview]]:
         """Split signed bytes into the stream and its buffers, all of them checked."""

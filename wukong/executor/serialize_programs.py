@@ -10,6 +10,7 @@ A nested call is a row of its own behind the tasks; the slot that holds it is `_
 from __future__ import annotations
 
 import contextlib
+import pickle
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
@@ -63,6 +64,10 @@ class Program:
         )
 
 
+NO_PROGRAM = Program(Part((), (), ()), [], {}, {}, fail_fast=False)
+"""Of no strand."""
+
+
 def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
     """Encode a strand, its tasks in columns; each function and literal goes once.
 
@@ -79,9 +84,10 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
         heads = list(zip(heads, kwnames))
     distinct = dict(zip(heads, rows))
     number = {head: n for n, head in enumerate(distinct)}
+    head = program.part, program.retries, program.fail_fast
     payload = (
-        # Unpickled first: what follows may look for what the scene brings.
-        (program.scene, program.part, program.retries, program.fail_fast),
+        # Unpickled before what follows, which may look for what the scene brings.
+        program.scene,
         array("i", [number[head] for head in heads]).tobytes(),
         array("i", [len(row[1]) for row in rows]).tobytes(),
         slots.tobytes(),
@@ -90,7 +96,9 @@ def encode_program(codec: Codec, context: bytes, program: Program) -> Encoded:
         list(literals.values()),
     )
     try:
-        return codec.encode(payload, context, is_plain=is_plain(payload[-1]))
+        # The lead can be read when the rest cannot be unpickled.
+        lead = codec.seal(pickle.dumps(head, 5), context)
+        return codec.encode(payload, context, is_plain=is_plain(payload[-1]), lead=lead)
     except SerializationError as error:
         found = _first_unpicklable(program)
         raise (found or error) from error.__cause__
@@ -137,8 +145,9 @@ def decode_program(codec: Codec, context: bytes, buffer: Buffer) -> Program:
     Raises: as `Codec.decode`.
     Cost: under 1.5 us a task.
     """
-    head, *columns, heads, used, values = codec.decode(buffer, context)
-    scene, part, retries, fail_fast = head
+    lead, load = codec.decode_led(buffer, context)
+    part, retries, fail_fast = pickle.loads(lead)
+    scene, *columns, heads, used, values = load()
     codes, counts, slots = (array("i", column) for column in columns)
     flat = iter(slots)
     named = map(heads.__getitem__, codes)
@@ -154,6 +163,16 @@ def decode_program(codec: Codec, context: bytes, buffer: Buffer) -> Program:
         del calls[len(part.tasks) :]
     literals = dict(zip(array("i", used), values))
     return Program(part, calls, literals, retries, fail_fast, scene=scene)
+
+
+def decode_part(codec: Codec, context: bytes, buffer: Buffer) -> Part:
+    """The part of a program, whose functions and literals need not be readable.
+
+    Raises:
+        SecurityError, CorruptBlob: as `Codec.decode`.
+    """
+    part: Part = pickle.loads(codec.decode_led(buffer, context)[0])[0]
+    return part
 
 
 def _nest(calls: list[Call], owners: set[int]) -> None:

@@ -35,11 +35,13 @@ class Split:
     retained: tuple[tuple[ExportId, int], ...]
 
 
-def cut_rest(rest: Edges, n_executors: int) -> list[int]:
+def cut_rest(rest: Edges, n_executors: int, all_away: bool = False) -> list[int]:
     """Divide what is left of a running part among executors.
 
     The first task is running and stays; so do the tasks of its piece, number 0.
 
+    Args:
+        all_away: nothing stays with the running task, which may go on for ever.
     Returns: the piece of each task; all 0 when nothing can be given away.
     Cost: O(tasks + edges).
     """
@@ -53,7 +55,9 @@ def cut_rest(rest: Edges, n_executors: int) -> list[int]:
     flat = np.array([v for values in inputs for v in values], np.int64)
     grain = max(1.0, len(tasks) / (PIECES_PER_EXECUTOR * n_executors))
     pieces = cut_strands(ptr, flat, (), grain=grain).strand_of.tolist()
-    if max(pieces) == 0:
+    if all_away:
+        is_apart = True
+    elif max(pieces) == 0:
         # The last piece goes too, for the running task may wait for what its tasks do; but not
         # where they wait for it.
         is_apart = not any(running in values for values in rest.inputs[1:])

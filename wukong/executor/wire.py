@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
-from wukong.errors import CorruptBlob, MissingBlob, SerializationError
-from wukong.executor.messages import BlobId, Entry, ExportId, JobId, Located
-from wukong.executor.serialize import Codec, Encoded, derive_key, size_of
+from wukong.errors import CorruptBlob, MissingBlob, SecurityError, SerializationError
+from wukong.executor.messages import BlobId, Entry, ExportId, JobId, Located, Part
+from wukong.executor.serialize import Codec, Encoded, derive_key
 from wukong.executor.serialize_failures import (
     Failure,
     Raised,
@@ -24,7 +24,7 @@ from wukong.executor.serialize_failures import (
     encode_error,
     note_key,
 )
-from wukong.executor.serialize_programs import Program, decode_program, encode_program
+from wukong.executor.serialize_programs import Program, decode_part, decode_program, encode_program
 from wukong.storage import Store
 from wukong.storage.contract import BlobStore, sized_id, stem_of
 
@@ -112,6 +112,10 @@ class Wire(Protocol):
         """The program of a strand; raises as `read`."""
         ...
 
+    def read_part(self, entry: Entry) -> Part | None:
+        """The part of a strand whose program may be unreadable; None if it is unreadable too."""
+        ...
+
     def put_manifest(self, manifest: object) -> bytes | object:
         """Make the payload from which a later client gathers the job."""
         ...
@@ -160,6 +164,10 @@ class ObjectWire:
         """See `Wire.read_program`."""
         assert isinstance(entry.payload, Program)
         return entry.payload
+
+    def read_part(self, entry: Entry) -> Part | None:
+        """See `Wire.read_part`."""
+        return self.read_program(entry).part
 
     def put_manifest(self, manifest: object) -> bytes | object:
         """See `Wire.put_manifest`."""
@@ -310,12 +318,24 @@ class SignedWire:
 
     def read_program(self, entry: Entry) -> Program:
         """See `Wire.read_program`."""
+        buffer = self._program_buffer(entry)
+        return decode_program(self._codec, self._context("program"), buffer)  # type: ignore[arg-type]  # bytes
+
+    def read_part(self, entry: Entry) -> Part | None:
+        """See `Wire.read_part`."""
+        try:
+            buffer = self._program_buffer(entry)
+            return decode_part(self._codec, self._context("program"), buffer)  # type: ignore[arg-type]  # bytes
+        except (MissingBlob, CorruptBlob, SecurityError):
+            return None
+
+    def _program_buffer(self, entry: Entry) -> object:
         buffer = entry.payload
         if entry.blob is not None:
             self._traffic.n_round_trips += 1
             buffer = self._blobs.get_many([entry.blob])[0]
         self._traffic.bytes_read += entry.size_bytes
-        return decode_program(self._codec, self._context("program"), buffer)  # type: ignore[arg-type]  # bytes
+        return buffer
 
     def put_manifest(self, manifest: object) -> bytes | object:
         """See `Wire.put_manifest`."""
@@ -367,11 +387,6 @@ def owns_something(value: object) -> bool:
             seen.add(id(found))
             stack.extend(gc.get_referents(found))
     return False
-
-
-def measure(values: Iterable[object]) -> list[int]:
-    """Estimated encoded size of each value, in bytes."""
-    return [size_of(value) for value in values]
 
 
 def raise_error(error: Error, key: object) -> BaseException:

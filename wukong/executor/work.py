@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from wukong.executor.events import Overdue
 from wukong.executor.messages import (
@@ -16,7 +17,19 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.executor.split import Split
+from wukong.executor.split import Split, cut_rest
+
+
+class Phase(IntEnum):
+    """What the executor waits for."""
+
+    IDLE = 0
+    STARTING = 1
+    FETCHING = 2
+    RUNNING = 3
+    ABSORBING = 4
+    PUTTING = 5
+    COMMITTING = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,9 @@ class Policy:
     """An executor abandons its work when the store has not answered for this long."""
     full_s: float = 10.0
     """A value for which the store has had no room for this long is an error of the job."""
+    long_s: float = 0.5
+    """In an open job, a task that runs for this long may wait for one that stands behind it: what
+    has not begun is given away."""
     confirm: bool = False
     """Wait for the store's replicas before garbage is deleted (rule 3)."""
 
@@ -82,6 +98,8 @@ class Work:
     """Blobs that it has named."""
     is_once: bool = False
     """A task of the part may not be run again."""
+    is_open: bool = False
+    """Of an open job: single values are waited for, and errors are values."""
     run_at: float = 0.0
     """When the part that runs now was begun."""
     doomed: bool = False
@@ -95,6 +113,29 @@ def task_limit(work: Work) -> int:
     alone soon (rule 6 asks for halves; this takes fewer deaths).
     """
     return max(1, len(work.part.tasks) >> (4 * work.n_deaths))
+
+
+def choose_pieces(
+    work: Work, overdue: Overdue, policy: Policy, now: float, is_draining: bool
+) -> list[int] | None:
+    """The piece of each task that a run has left, number 0 stays; None: leave the run as it is."""
+    rest = overdue.edges
+    if work.n_deaths or (is_draining and work.is_once):
+        return None
+    all_stay = [0] * len(rest.tasks)
+    if is_draining:
+        return all_stay  # others go on, with the running task too
+    if work.is_open and overdue.running_s >= policy.long_s and len(rest.tasks) > 1:
+        return cut_rest(rest, overdue.n_idle + 1, all_away=True)
+    if not is_worth_a_split(work, overdue, policy, now):
+        return None
+    if policy.split and overdue.n_idle >= 1:
+        piece_of = cut_rest(rest, overdue.n_idle + 1)
+        if max(piece_of):
+            return piece_of
+    done = set(work.part.tasks[: overdue.n_done])
+    is_awaited = any(spec.requested and done.intersection(spec.tasks) for spec in work.part.exports)
+    return all_stay if work.is_open and is_awaited else None
 
 
 def is_worth_a_split(work: Work, overdue: Overdue, policy: Policy, now: float) -> bool:

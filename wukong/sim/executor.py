@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from wukong.executor.core import ExecutorCore, Phase
+from wukong.executor.core import ExecutorCore
 from wukong.executor.events import (
     AbsorbAnswered,
     Action,
@@ -55,6 +55,7 @@ from wukong.executor.messages import (
     Receipt,
     Refused,
 )
+from wukong.executor.work import Phase
 from wukong.sim.checks import Value
 from wukong.sim.memory import Memory
 from wukong.sim.runs import Runner
