@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,7 +55,10 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 # Commands whose modules are imported when they are called, or listed.
-ELSEWHERE = {"lambda-local": "wukong.aws.commands:lambda_local"}
+ELSEWHERE = {
+    "aws": "wukong.aws.commands:aws",
+    "lambda-local": "wukong.aws.commands:lambda_local",
+}
 
 
 class _Commands(click.Group):
@@ -150,11 +154,23 @@ def demo(n_workers: int, threads: bool, only: tuple[str, ...], timeline: Path) -
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--function", help="Look at this function of AWS Lambda too.")
+@click.option("--store", help="And at the way to this store, as redis://...")
+@click.option("--blobs", help="And to these blobs, s3://bucket/prefix.")
+@click.option("--region", help="Of the function; by default the SDK's.")
+@click.option("--endpoint-url", help="Of another service that speaks Lambda's API.")
+def doctor(
+    function: str | None,
+    store: str | None,
+    blobs: str | None,
+    region: str | None,
+    endpoint_url: str | None,
+) -> None:
     """Show what is installed and what is missing.
 
-    Lists versions, extras and how to get them, cores, memory, shared memory and BLAS.
-    Ends with status 1 if something that every job needs is missing.
+    Lists versions, extras and how to get them, cores, memory, shared memory and BLAS; of a function
+    its credentials, versions, limits, and how far it is from its store.
+    Ends with status 1 if something that every job needs is missing, or wrong with the function.
     """
     problems = []
     console.print(_package_table())
@@ -173,8 +189,34 @@ def doctor() -> None:
         console.print(f"[yellow]![/] {problem}")
     if not problems:
         console.print("[green]Everything that local jobs need is here.[/]")
-    if any(_version(package) is None for package in CORE):
+    n_wrong = 0
+    if function or store:
+        n_wrong = _examine(function, store, blobs, region, endpoint_url)
+    if n_wrong or any(_version(package) is None for package in CORE):
         raise SystemExit(1)
+
+
+def _examine(
+    function: str | None,
+    store: str | None,
+    blobs: str | None,
+    region: str | None,
+    endpoint_url: str | None,
+) -> int:
+    """Show what is found of a function and a store. Returns: how much is wrong."""
+    from wukong.aws.doctor import examine_function, examine_store
+
+    findings = [examine_store(store, blobs)] if store else []
+    if function:
+        findings += examine_function(function, endpoint_url, region)
+    table = Table(title="Function and store", title_justify="left", show_header=False)
+    for finding in findings:
+        table.add_row(finding.what, escape(finding.found))
+    console.print(table)
+    for finding in findings:
+        if finding.problem:
+            console.print(f"[yellow]![/] {finding.what}: {escape(finding.problem)}")
+    return sum(bool(finding.problem) for finding in findings)
 
 
 @main.command(

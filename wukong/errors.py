@@ -103,6 +103,13 @@ class VersionMismatch(InvokeError, RuntimeError):
     """
 
 
+class DeploymentError(WukongError, RuntimeError):
+    """Executors could not be deployed or removed; the message says what the cloud has answered.
+
+    Every step may be repeated.
+    """
+
+
 class LeaseError(WukongError):
     """A lease on executors cannot be used; see the subclasses."""
 
