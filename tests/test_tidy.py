@@ -162,6 +162,7 @@ OWNED = {
     "click": ("wukong.cli", "wukong.*.commands"),
     "cloudpickle": ("wukong.executor.serialize*",),
     "lmdb": ("wukong.storage.local*",),
+    "packaging": ("wukong.aws.package", "wukong.scheduler.dask_server*"),
     "rich": ("wukong.cli",),
     "yaml": ("wukong", "wukong.config"),
 }

@@ -220,9 +220,7 @@ def deploy(
 
 @aws.command()
 @_deployment_options
-def status(
-    name: str, role: str | None, region: str | None, endpoint_url: str | None
-) -> None:
+def status(name: str, role: str | None, region: str | None, endpoint_url: str | None) -> None:
     """Show a deployment; ends with status 1 where there is none."""
     with _deployment(name, role, region, endpoint_url) as deployment:
         if not _show(deployment):

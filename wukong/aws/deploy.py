@@ -34,6 +34,8 @@ class StackState:
     outputs: Mapping[str, str]
     parameters: Mapping[str, str]
     """Without those that are secret."""
+    known: frozenset[str]
+    """Names of all parameters that it has a value for."""
 
 
 class Deployment:
@@ -90,7 +92,7 @@ class Deployment:
         found = {p["ParameterKey"]: p["ParameterValue"] for p in stack.get("Parameters", ())}
         hidden = {k: v for k, v in executors_template()["Parameters"].items() if v.get("NoEcho")}
         shown = {k: v for k, v in found.items() if k not in hidden}
-        return StackState(stack["StackStatus"], outputs, shown)
+        return StackState(stack["StackStatus"], outputs, shown, frozenset(found))
 
     # -------------------------------------------------------------- deploy
 
@@ -110,19 +112,24 @@ class Deployment:
             state = None
         is_new = state is None
         if state is None:
-            first = {**parameters, "FunctionName": self.name, "CodeKey": ""}
-            self._change(self._stacks.create_stack, first)
+            defaults = executors_template()["Parameters"].items()
+            first = {name: str(spec["Default"]) for name, spec in defaults if "Default" in spec}
+            first |= {**parameters, "FunctionName": self.name, "CodeKey": ""}
+            self._change(self._stacks.create_stack, first, frozenset())
             state = self._wait("CREATE_COMPLETE")
         self._put(state.outputs["Bucket"], package)
         wanted = {**parameters, "FunctionName": self.name, "CodeKey": package.key}
-        is_changed = self._change(self._stacks.update_stack, wanted)
+        is_changed = self._change(self._stacks.update_stack, wanted, state.known)
         if is_changed:
             state = self._wait("UPDATE_COMPLETE")
         self._remove_code(state.outputs["Bucket"], package.key)
         return "created" if is_new else "updated" if is_changed else "unchanged"
 
-    def _change(self, call: Any, parameters: Mapping[str, str]) -> bool:
-        """Create or update the stack. False: it is as it shall be already."""
+    def _change(self, call: Any, parameters: Mapping[str, str], known: frozenset[str]) -> bool:
+        """Create or update the stack; parameters that it has and that are not given stay.
+
+        Returns: False when it is as it shall be already.
+        """
         from botocore.exceptions import BotoCoreError, ClientError
 
         names = executors_template()["Parameters"]
@@ -132,9 +139,8 @@ class Deployment:
         given: list[dict[str, Any]] = [
             {"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()
         ]
-        if call == self._stacks.update_stack:
-            kept = sorted(set(names) - set(parameters))
-            given += [{"ParameterKey": name, "UsePreviousValue": True} for name in kept]
+        kept = sorted(known & set(names) - set(parameters))
+        given += [{"ParameterKey": name, "UsePreviousValue": True} for name in kept]
         try:
             call(
                 StackName=self.stack,

@@ -50,21 +50,36 @@ class Package:
 
 
 def default_requirements(extra: Sequence[str] = ()) -> tuple[str, ...]:
-    """What is needed, in the versions of this environment.
+    """What is needed, and what that needs, in the versions of this environment.
 
     Args:
         extra: names of further packages that tasks import.
     Raises:
         DeploymentError: one of them is not installed here.
     """
-    found = []
-    for name in (*NEEDED, *extra):
+    from packaging.requirements import Requirement
+
+    found: dict[str, str] = {}
+    asked = [(name, frozenset[str]()) for name in (*NEEDED, *extra)]
+    while asked:
+        name, extras = asked.pop()
         try:
-            found.append(f"{name}=={importlib.metadata.version(name)}")
+            package = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             if name in extra:
-                raise DeploymentError(f"{name} is not installed here: no version is known") from None
-    return tuple(found)
+                raise DeploymentError(f"{name} is not installed, and has no version") from None
+            continue  # what is not here is not used here
+        key = package.metadata["Name"].lower().replace("_", "-")
+        if key in found and not extras:
+            continue
+        found[key] = package.version
+        for text in package.requires or ():
+            requirement = Requirement(text)
+            marker = requirement.marker
+            environments = [{"extra": name} for name in (extras or {""})]
+            if marker is None or any(marker.evaluate(chosen) for chosen in environments):
+                asked.append((requirement.name, frozenset(requirement.extras)))
+    return tuple(f"{name}=={found[name]}" for name in sorted(found))
 
 
 def build_package(
@@ -79,8 +94,8 @@ def build_package(
 
     Args:
         path: of the zip file.
-        requirements: in pip's words.
-        requirements_file: the user's own, in addition.
+        requirements: in pip's words; all that is needed, unless there is a file.
+        requirements_file: the user's own, in addition; pip chooses what it needs.
         python: the function's version.
         architecture: x86_64 or arm64.
     Raises:
@@ -117,6 +132,8 @@ def _install(
         command += ["--platform", tag]
     if requirements_file is not None:
         command += ["--requirement", str(requirements_file)]
+    else:
+        command += ["--no-deps"]  # they are all named, and nothing is left to choose
     done = subprocess.run(
         [*command, *requirements], capture_output=True, text=True, check=False, env=_environment()
     )

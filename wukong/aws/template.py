@@ -156,8 +156,16 @@ def _network_policy() -> Json:
         "Resource": "*",
         "Condition": {"ArnEquals": {"lambda:SourceFunctionArn": _sub(_FUNCTION_ARN)}},
     }
-    # These actions cannot be limited to resources that do not exist yet.
-    return _policy("network", _allow("Network", actions, "*"), deny)
+    return {
+        "Type": "AWS::IAM::Policy",
+        "Condition": "HasNetwork",
+        "Properties": {
+            "PolicyName": "network",
+            "Roles": [{"Ref": "ExecutorRole"}],
+            # These actions cannot be limited to resources that do not exist yet.
+            "PolicyDocument": _document(_allow("Network", actions, "*"), deny),
+        },
+    }
 
 
 def _executor_role() -> Json:
@@ -174,7 +182,6 @@ def _executor_role() -> Json:
                     _allow("Log", logs, _sub(_LOGS_ARN + ":*")),
                     *blob_statements(),
                 ),
-                {"Fn::If": ["HasNetwork", _network_policy(), {"Ref": "AWS::NoValue"}]},
             ],
         },
     }
@@ -240,6 +247,8 @@ def _function() -> Json:
         "DASK_WUKONG__STORE__SECRET": {"Ref": "Secret"},
         # Strings hash alike in all executors.
         "PYTHONHASHSEED": "0",
+        # Named, so that the role can reach the network before the function is put into it.
+        "WUKONG_NETWORK": {"Fn::If": ["HasNetwork", {"Ref": "NetworkPolicy"}, none]},
     }
     return {
         "Type": "AWS::Lambda::Function",
@@ -281,6 +290,7 @@ def executors_template() -> Json:
         "Resources": {
             "Bucket": _bucket(),
             "ExecutorRole": _executor_role(),
+            "NetworkPolicy": _network_policy(),
             "ClientPolicy": _client_policy(),
             "LogGroup": {
                 "Type": "AWS::Logs::LogGroup",
