@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -191,32 +190,11 @@ def doctor(
         console.print("[green]Everything that local jobs need is here.[/]")
     n_wrong = 0
     if function or store:
-        n_wrong = _examine(function, store, blobs, region, endpoint_url)
+        from wukong.aws.commands import examine
+
+        n_wrong = examine(function, store, blobs, region=region, endpoint_url=endpoint_url)
     if n_wrong or any(_version(package) is None for package in CORE):
         raise SystemExit(1)
-
-
-def _examine(
-    function: str | None,
-    store: str | None,
-    blobs: str | None,
-    region: str | None,
-    endpoint_url: str | None,
-) -> int:
-    """Show what is found of a function and a store. Returns: how much is wrong."""
-    from wukong.aws.doctor import examine_function, examine_store
-
-    findings = [examine_store(store, blobs)] if store else []
-    if function:
-        findings += examine_function(function, endpoint_url, region)
-    table = Table(title="Function and store", title_justify="left", show_header=False)
-    for finding in findings:
-        table.add_row(finding.what, escape(finding.found))
-    console.print(table)
-    for finding in findings:
-        if finding.problem:
-            console.print(f"[yellow]![/] {finding.what}: {escape(finding.problem)}")
-    return sum(bool(finding.problem) for finding in findings)
 
 
 @main.command(

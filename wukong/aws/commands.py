@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
 from wukong.aws.deploy import Deployment
+from wukong.aws.doctor import examine_function, examine_store
 from wukong.aws.lambda_function import HANDLER, LocalFunction
 from wukong.aws.lambda_service import GRACE_S, LambdaService
 from wukong.aws.limits import BURST, MEMORY_PER_CORE_MB, RAMP_PER_S, TIMEOUT_MAX_S
@@ -57,16 +59,14 @@ def lambda_local(
     store: str | None,
     blobs: str | None,
     package: Path | None,
-    handler: str,
     python: str | None,
     variables: tuple[str, ...],
-    memory_mb: int,
-    timeout_s: float,
     concurrency: int | None,
     burst: float,
     ramp_per_s: float,
     requests_per_s: float,
     directory: Path,
+    **options: Any,
 ) -> None:
     """Run a Lambda service on this machine, with the cloud's limits and errors.
 
@@ -84,13 +84,11 @@ def lambda_local(
     )
     function = LocalFunction(
         name,
-        handler,
-        package.absolute() if package else None,
+        code=package.absolute() if package else None,
         python=python or sys.executable,
         environment=environment,
-        memory_mb=memory_mb,
-        timeout_s=timeout_s,
         scaling=scaling,
+        **options,  # handler, memory_mb, timeout_s
     )
     service = LambdaService(
         [function], directory.absolute(), port=port, requests_per_s=requests_per_s
@@ -121,6 +119,15 @@ async def _serve(service: LambdaService) -> None:
 
 
 # ------------------------------------------------------------------ deploying
+
+PARAMETER_OF = {
+    "store": "Store",
+    "memory_mb": "MemoryMb",
+    "timeout_s": "TimeoutS",
+    "concurrency": "Concurrency",
+    "blob_days": "BlobDays",
+}
+"""Of the template, for each option that is one as it stands."""
 
 
 def _deployment_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -168,18 +175,14 @@ def deploy(
     role: str | None,
     region: str | None,
     endpoint_url: str | None,
-    store: str | None,
     requirements: Path | None,
     extra: tuple[str, ...],
-    memory_mb: int | None,
-    timeout_s: int | None,
     architecture: str,
-    concurrency: int | None,
     subnets: tuple[str, ...],
     groups: tuple[str, ...],
-    blob_days: int | None,
     sweep: bool | None,
     path: Path | None,
+    **options: object,
 ) -> None:
     """Make or change a deployment; nothing happens when it is as it shall be.
 
@@ -188,13 +191,9 @@ def deploy(
     as it is.
     """
     given = {
-        "Store": store,
-        "MemoryMb": memory_mb,
-        "TimeoutS": timeout_s,
-        "Concurrency": concurrency,
+        **{PARAMETER_OF[option]: value for option, value in options.items()},
         "SubnetIds": ",".join(subnets) or None,
         "SecurityGroupIds": ",".join(groups) or None,
-        "BlobDays": blob_days,
         "Sweep": None if sweep is None else "ENABLED" if sweep else "DISABLED",
         "Architecture": architecture,
         "Runtime": f"python{sys.version_info.major}.{sys.version_info.minor}",
@@ -271,3 +270,16 @@ def _show(deployment: Deployment) -> bool:
     for key, value in sorted({**state.parameters, **state.outputs}.items()):
         click.echo(f"  {key:<18} {value}")
     return True
+
+
+def examine(function: str | None, store: str | None, blobs: str | None, **where: str | None) -> int:
+    """Show what is found of a function and a store. Returns: how much is wrong."""
+    findings = [examine_store(store, blobs)] if store else []
+    if function:
+        findings += examine_function(function, where["endpoint_url"], where["region"])
+    for finding in findings:
+        click.echo(f"{finding.what:<28} {finding.found}")
+    for finding in findings:
+        if finding.problem:
+            click.echo(f"! {finding.what}: {finding.problem}")
+    return sum(bool(finding.problem) for finding in findings)

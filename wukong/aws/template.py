@@ -275,6 +275,38 @@ def _function() -> Json:
     }
 
 
+def _schedule() -> Json:
+    """Looks after jobs, also with no client alive."""
+    return {
+        "SweepRule": {
+            "Type": "AWS::Events::Rule",
+            "Condition": "HasCode",
+            "Properties": {
+                "Name": _sub("${FunctionName}-sweep"),
+                "ScheduleExpression": "rate(1 minute)",
+                "State": {"Ref": "Sweep"},
+                "Targets": [
+                    {
+                        "Id": "function",
+                        "Arn": {"Fn::GetAtt": ["Function", "Arn"]},
+                        "Input": json.dumps({"wukong": "sweep"}),
+                    }
+                ],
+            },
+        },
+        "SweepPermission": {
+            "Type": "AWS::Lambda::Permission",
+            "Condition": "HasCode",
+            "Properties": {
+                "Action": "lambda:InvokeFunction",
+                "FunctionName": {"Ref": "Function"},
+                "Principal": "events.amazonaws.com",
+                "SourceArn": {"Fn::GetAtt": ["SweepRule", "Arn"]},
+            },
+        },
+    }
+
+
 def executors_template() -> Json:
     """The template of a deployment."""
     has = {"Fn::Not": [{"Fn::Equals": [{"Fn::Join": ["", {"Ref": "SubnetIds"}]}, ""]}]}
@@ -313,32 +345,7 @@ def executors_template() -> Json:
                     "MaximumEventAgeInSeconds": 3600,
                 },
             },
-            "SweepRule": {
-                "Type": "AWS::Events::Rule",
-                "Condition": "HasCode",
-                "Properties": {
-                    "Name": _sub("${FunctionName}-sweep"),
-                    "ScheduleExpression": "rate(1 minute)",
-                    "State": {"Ref": "Sweep"},
-                    "Targets": [
-                        {
-                            "Id": "function",
-                            "Arn": {"Fn::GetAtt": ["Function", "Arn"]},
-                            "Input": json.dumps({"wukong": "sweep"}),
-                        }
-                    ],
-                },
-            },
-            "SweepPermission": {
-                "Type": "AWS::Lambda::Permission",
-                "Condition": "HasCode",
-                "Properties": {
-                    "Action": "lambda:InvokeFunction",
-                    "FunctionName": {"Ref": "Function"},
-                    "Principal": "events.amazonaws.com",
-                    "SourceArn": {"Fn::GetAtt": ["SweepRule", "Arn"]},
-                },
-            },
+            **_schedule(),
         },
         "Outputs": {
             "Bucket": {"Value": {"Ref": "Bucket"}},
