@@ -62,6 +62,10 @@ def _number(default: int, least: int, most: int, text: str) -> Json:
     }
 
 
+def _choice(*values: str) -> Json:
+    return {"Type": "String", "Default": values[0], "AllowedValues": list(values)}
+
+
 def _parameters() -> Json:
     return {
         "FunctionName": {
@@ -92,11 +96,7 @@ def _parameters() -> Json:
             "Default": "python3.12",
             "AllowedValues": [f"python3.{minor}" for minor in range(11, 15)],
         },
-        "Architecture": {
-            "Type": "String",
-            "Default": "x86_64",
-            "AllowedValues": ["x86_64", "arm64"],
-        },
+        "Architecture": _choice("x86_64", "arm64"),
         "MemoryMb": _number(
             MEMORY_PER_CORE_MB, MEMORY_MIN_MB, MEMORY_MAX_MB, "1,769 MB are one core."
         ),
@@ -116,12 +116,7 @@ def _parameters() -> Json:
         },
         "BlobDays": _number(2, 1, 365, "What a job has left in the bucket goes after this time."),
         "LogDays": {"Type": "Number", "Default": 14, "AllowedValues": [1, 3, 7, 14, 30, 90, 365]},
-        "Sweep": {
-            "Type": "String",
-            "Default": "ENABLED",
-            "AllowedValues": ["ENABLED", "DISABLED"],
-            "Description": "Look after jobs every minute.",
-        },
+        "Sweep": _choice("ENABLED", "DISABLED"),
     }
 
 
