@@ -320,3 +320,15 @@ def test_lost_values_are_computed_again(processes: Client, tmp_path: Any) -> Non
     assert client.session.counters().view.generation == 1
     client.session.release([a, b, c])
     client.wait_until(lambda: not store.blobs.used_bytes())
+
+
+def test_inputs_outlive_a_reader_that_is_dropped(client: Client) -> None:
+    gate = threading.Event()
+    graph = {"x": (gate.wait, LONG_S)}
+    [x] = client.extend(graph, "x")
+    [y] = client.extend({"y": (inc, "x")}, "y", x=x)
+    client.session.release([y])
+    gate.set()
+    assert client.results([x]) == [True]
+    client.session.recover()
+    assert client.session.read([x]) == [True]

@@ -277,7 +277,9 @@ class Holdings:
             released.programs.append(work.program)
             is_dropped = work.is_cut or any(work.unrecorded.values())
             if is_dropped:
-                exports = tuple(spec.export for spec in work.part.exports)
+                # What is pinned has been recorded, and stays.
+                made = [spec.export for spec in work.part.exports]
+                exports = tuple(e for e in made if int(e) not in self._pinned)
                 released.strands.append((StrandId(str(strand)), exports))
             for export_id, _ in work.part.inputs:
                 maker = self._maker.get(int(export_id), -1)
