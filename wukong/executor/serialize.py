@@ -282,8 +282,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
         return obj.copy(order="C").__reduce_ex__(5)
 
 
-def pickle_value(value: object) -> tuple[bytes, list[pickle.PickleBuffer], int]:
-    """Pickle a value by the rules of this module.
+def pickle_value(
+    value: object, in_band_bytes: int = _IN_BAND_BYTES
+) -> tuple[bytes, list[pickle.PickleBuffer], int]:
+    """Pickle a value by the rules of this module; smaller buffers than given stay in the stream.
 
     Returns:
         The stream, the buffers that stay out of band (views of the value's arrays), and the bytes
@@ -297,7 +299,7 @@ def pickle_value(value: object) -> tuple[bytes, list[pickle.PickleBuffer], int]:
 
     def keep(buffer: pickle.PickleBuffer) -> bool:
         """Say whether the pickler shall keep a buffer in its stream."""
-        if buffer.raw().nbytes < _IN_BAND_BYTES:
+        if buffer.raw().nbytes < in_band_bytes:
             return True
         buffers.append(buffer)
         return False

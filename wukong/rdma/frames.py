@@ -6,7 +6,7 @@ A frame (little-endian):
     8    serial (u64): frames of one direction are counted from 0
     16   call (u64) | subject (u32) | stream bytes (u32) | deadline (f32, seconds from now, 0: none)
     36   n extents (u16) | n releases (u16)                                             40 bytes
-    40   n extents times: offset (u64), size (u64)
+    40   n extents times: offset (u64), size (u64; highest bit: lent, so read only)
     ..   n releases times: offset (u64)
     ..   the stream
     ..   MAC (16), over everything before it: only where others can write into the connection
@@ -31,6 +31,7 @@ from wukong.errors import FrameError
 
 HEAD = struct.Struct("<HBBIQQIIfHH")
 HEAD_BYTES = HEAD.size
+_new_tuple = tuple.__new__
 MAGIC = 0x574B
 MAC_BYTES = 16
 MAX_EXTENTS = 1024
@@ -53,6 +54,10 @@ class Kind(IntEnum):
     INVOKE = 9  # look for tokens; subject: how many were queued
 
 
+LENT = 1 << 63
+"""Bit of an extent's size: the sender goes on using this memory, so the receiver must not write."""
+
+
 class Frame(NamedTuple):
     """One frame, checked."""
 
@@ -63,7 +68,7 @@ class Frame(NamedTuple):
     deadline_s: float
     """Seconds from the receipt; 0: none."""
     extents: tuple[tuple[int, int], ...]
-    """Offset and size of each buffer in the receiver's arena."""
+    """Offset and size of each buffer in the receiver's arena; `LENT` may be added to the size."""
     releases: tuple[int, ...]
     """Offsets of extents in the other arena that are free again."""
     stream: bytes
@@ -126,7 +131,10 @@ def parse_frame(data: bytes, epoch: int, serial: int, arena_bytes: int) -> Frame
     if not n and not m:
         if len(data) != HEAD_BYTES + stream_bytes:
             raise FrameError(f"a frame of {len(data)} bytes claims {stream_bytes} bytes of stream")
-        return Frame(kind, flags, call, subject, deadline_s, (), (), data[HEAD_BYTES:])
+        # As Frame(...), in half the time.
+        return _new_tuple(
+            Frame, (kind, flags, call, subject, deadline_s, (), (), data[HEAD_BYTES:])
+        )
     table_bytes = 16 * n + 8 * m
     if n > MAX_EXTENTS or len(data) != HEAD_BYTES + table_bytes + stream_bytes:
         raise FrameError(
@@ -136,9 +144,10 @@ def parse_frame(data: bytes, epoch: int, serial: int, arena_bytes: int) -> Frame
     numbers = struct.unpack_from(f"<{2 * n + m}Q", data, HEAD_BYTES)
     extents = tuple(zip(numbers[: 2 * n : 2], numbers[1 : 2 * n : 2]))
     for offset, size in extents:
-        if offset + size > arena_bytes:
+        if offset + (size & ~LENT) > arena_bytes:
             raise FrameError(
-                f"an extent of {size} bytes at {offset} is outside of an arena of {arena_bytes}"
+                f"an extent of {size & ~LENT} bytes at {offset} is outside of the arena's"
+                f" {arena_bytes}"
             )
     return Frame(
         kind,

@@ -80,7 +80,8 @@ class Transport(Protocol):
         ...
 
     def wait(self, timeout_s: float, spin_s: float) -> bytes | None:
-        """As `poll`, waiting: hot (polling) for `spin_s`, and then asleep. None: the time is up.
+        """As `poll`, waiting: hot (polling) for `spin_s`, and then asleep. None: the time is
+        up, or `POST_S` have passed; call again.
 
         Raises: as `poll`.
         """
