@@ -38,7 +38,8 @@ MAX_FUNCTION_LINES = 60
 # From the lowest layer to the highest. A module imports from lower layers; modules that match one
 # pattern are one part and may import each other.
 LAYERS: list[tuple[str, ...]] = [
-    ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler", "wukong.rdma"),
+    ("wukong.errors", "wukong.config", "wukong.executor", "wukong.scheduler"),
+    ("wukong.rdma.lease", "wukong.rdma.transport"),
     ("wukong.aws", "wukong.aws.limits", "wukong.aws.prices"),
     ("wukong.executor.messages", "wukong.scheduler.calls"),
     (
@@ -56,10 +57,10 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.scheduler.costs",
         "wukong.rdma.arena",
         "wukong.rdma.frames",
-        "wukong.rdma.lease*",
+        "wukong.rdma.lease_grants",
         "wukong.rdma.queue_pairs",
         "wukong.rdma.scaling",
-        "wukong.rdma.transport",
+        "wukong.rdma.spin",
         "wukong.trace",
     ),
     (
@@ -93,8 +94,9 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.executor.pool*",
         "wukong.executor.aws_lambda*",
         "wukong.executor.futures",
-        "wukong.rdma.*",
     ),
+    ("wukong.rdma.*",),
+    ("wukong.rdma",),
     ("wukong.sim*",),
     ("wukong.chores", "wukong.submit", "wukong.sweep"),
     ("wukong.session*",),
@@ -123,6 +125,7 @@ PURE = {
             "lease",
             "lease_grants",
             "queue_pairs",
+            "spin",
             "scaling",
             "transport",
         ]
