@@ -171,7 +171,8 @@ def test_a_deadline_ends_a_call_and_one_that_waits_does_not_begin(
     agent: AgentProcess, tmp_path: Path
 ) -> None:
     with lease(1, directory=agent.directory) as executors:
-        running = executors.submit_within(0.1, pid_after, 0.6)
+        executors.submit(pid_after, 0.6)
+        running = executors.submit_within(0.3, pid_after, 0.6)
         waiting = executors.submit_within(0.1, touch, str(tmp_path / "late"), 0)
         for future in (running, waiting):
             with pytest.raises(JobTimeout):
