@@ -41,14 +41,12 @@ from wukong.executor.wire import (
     Wire,
     open_wire,
 )
-from wukong.scheduler.costs import Costs
+from wukong.scheduler.costs import Costs, strands_per_executor
 from wukong.scheduler.parts import static_parts
 from wukong.scheduler.plan import Plan
 from wukong.scheduler.strands import Strands, cut_strands
 from wukong.storage import Store
 
-STRANDS_PER_EXECUTOR = 4
-"""Of a graph without other limits: enough that executors end together (design.md, section 2)."""
 LEAST_STRAND_S = 0.5e-3
 """What a strand is worth at least: about twice what taking and committing one costs."""
 LEAST_TASK_S = 0.2e-6
@@ -179,14 +177,15 @@ def choose_grain(
 ) -> tuple[float, NDArray[np.float64] | None]:
     """What a strand should cost, and what each task does; in tasks if nothing is known of them."""
     seconds = None
-    grain = len(plan.keys) / (STRANDS_PER_EXECUTOR * n_executors)
+    n_strands = strands_per_executor(n_executors) * n_executors
+    grain = len(plan.keys) / n_strands
     if costs is None:
         grain = 0.5
     else:
         seconds = costs.estimate(plan.calls)
     if seconds is not None:
         seconds = np.maximum(seconds, LEAST_TASK_S)
-        grain = max(least_strand_s, float(seconds.sum()) / (STRANDS_PER_EXECUTOR * n_executors))
+        grain = max(least_strand_s, float(seconds.sum()) / n_strands)
     return max(grain, 0.5) if seconds is None else grain, seconds
 
 

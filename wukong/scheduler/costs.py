@@ -20,6 +20,17 @@ NEW_WEIGHT = 0.5
 N_KNOWN_MAX = 10_000
 """Functions that are remembered; the oldest are forgotten first."""
 
+STRANDS_PER_EXECUTOR = 4
+"""Of a graph without other limits: enough that executors end together (design.md, section 2)."""
+STRANDS_MAX = 4_000
+"""Beyond so many, a job has fewer for each executor, and at last one: its operations follow each
+other on one server, and two for each strand occupy that for half a second here (`bench scale`)."""
+
+
+def strands_per_executor(n_executors: int) -> float:
+    """How many strands to cut a graph into, for each executor."""
+    return min(STRANDS_PER_EXECUTOR, max(1.0, STRANDS_MAX / n_executors))
+
 
 class Costs:
     """Seconds a call of each function has taken. Thread-safe."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from wukong.executor.messages import Part, Status
 from wukong.executor.work import Policy
+from wukong.scheduler.costs import strands_per_executor
 from wukong.scheduler.parts import static_parts
 from wukong.scheduler.strands import cut_strands, pack_strands
 from wukong.sim.checks import Checker, Violation
@@ -48,8 +49,6 @@ __all__ = [
     "simulate",
 ]
 
-GRAINS_PER_EXECUTOR = 4
-"""As `cut_strands` assumes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +87,7 @@ def simulate(
     seed: int = 0,
     *,
     scheme: Scheme = OURS,
+    silence_s: float = 10.0,
     trace: Callable[[str], None] | None = None,
 ) -> SimReport:
     """Predict what a job takes when nothing fails.
@@ -99,6 +99,7 @@ def simulate(
         n_executors: at most so many at a time.
         policy: of the executors; None: as it comes.
         scheme: another way to run the graph.
+        silence_s: a running token without heartbeat for this long counts as dead.
         seed: of all latencies.
         trace: takes a line of text for each action and event, as it happens.
     Cost: about 1 us a task and 100 us a strand.
@@ -111,15 +112,17 @@ def simulate(
         n_executors=n_executors,
         policy=scheme.policy(Policy() if policy is None else policy),
         scheme=scheme,
+        silence_s=silence_s,
     )
     return run_world(setting, seed, is_checked=False, trace=trace)
 
 
 def cut_parts(
-    dag: Dag, costs: Costs, n_executors: int, grains_per_executor: float = GRAINS_PER_EXECUTOR
+    dag: Dag, costs: Costs, n_executors: int, grains_per_executor: float | None = None
 ) -> list[Part]:
     """Cut a graph as a client does."""
     cost = np.maximum(np.array(costs.durations_s, np.float64), 1e-9)
+    grains_per_executor = grains_per_executor or strands_per_executor(n_executors)
     grain = float(cost.sum()) / (grains_per_executor * n_executors)
     strands = cut_strands(dag.inputs_ptr, dag.inputs, dag.requested, grain=grain, costs=cost)
     return static_parts(strands)

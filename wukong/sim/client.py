@@ -181,7 +181,7 @@ class SimClient:
         """Send invocations as fast as one caller can."""
         setting = self._world.setting
         rate_per_s = setting.platform.invokes_per_s
-        if setting.scheme.client_invokes or rate_per_s == float("inf"):
+        if setting.scheme.client_invokes or setting.platform.relay or rate_per_s == float("inf"):
             self._invoker.invoke(invocations)
             return
         for first in range(0, len(invocations), SENT_AT_ONCE):

@@ -46,29 +46,37 @@ class Costs:
     """Tasks that kill whatever executor runs them."""
 
 
-class _Builder:
+class DagBuilder:
     """Numbers tasks as they are added."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[int, ...]] = []
+        self.costs: list[tuple[float, int]] = []
 
-    def add(self, *inputs: int) -> int:
-        """Add a task that reads others. Returns: its id."""
+    def add(self, *inputs: int, cost: tuple[float, int] = (0.0, 0)) -> int:
+        """Add a task that reads others, with its seconds and bytes. Returns: its id."""
         self.reads.append(tuple(dict.fromkeys(inputs)))
+        self.costs.append(cost)
         return len(self.reads) - 1
 
-    def tree(self, tasks: Sequence[int], width: int = 2) -> int:
+    def tree(
+        self, tasks: Sequence[int], width: int = 2, cost: tuple[float, int] = (0.0, 0)
+    ) -> int:
         """Reduce values level by level. Returns: the root."""
         level = list(tasks)
         while len(level) > 1:
             level = [
-                self.add(*level[i : i + width]) if i + 1 < len(level) else level[i]
+                self.add(*level[i : i + width], cost=cost) if i + 1 < len(level) else level[i]
                 for i in range(0, len(level), width)
             ]
         return level[0]
 
     def dag(self, requested: Iterable[int]) -> Dag:
         """Keep what the requested tasks need, in depth-first post-order as the planner does."""
+        return self.build(requested)[0]
+
+    def build(self, requested: Iterable[int]) -> tuple[Dag, Costs]:
+        """As `dag`, with what the tasks take."""
         number: dict[int, int] = {}
         order: list[int] = []
         wanted = list(dict.fromkeys(requested))
@@ -86,18 +94,20 @@ class _Builder:
         ptr = np.zeros(len(order) + 1, np.int64)
         np.cumsum([len(self.reads[task]) for task in order], out=ptr[1:])
         flat = [number[d] for task in order for d in self.reads[task]]
-        return Dag(ptr, np.array(flat, np.int64), tuple(sorted(number[t] for t in wanted)))
+        dag = Dag(ptr, np.array(flat, np.int64), tuple(sorted(number[t] for t in wanted)))
+        kept = [self.costs[task] for task in order]
+        return dag, Costs([seconds for seconds, _ in kept], [n_bytes for _, n_bytes in kept])
 
 
 def tree_reduction(n_leaves: int) -> Dag:
     """Sum of n chunks, two by two."""
-    build = _Builder()
+    build = DagBuilder()
     return build.dag([build.tree([build.add() for _ in range(n_leaves)])])
 
 
 def gemm(n_blocks: int) -> Dag:
     """Product of two square matrices in n x n blocks; all blocks of the product are requested."""
-    build = _Builder()
+    build = DagBuilder()
     span = range(n_blocks)
     a = [[build.add() for _ in span] for _ in span]
     b = [[build.add() for _ in span] for _ in span]
@@ -108,13 +118,13 @@ def gemm(n_blocks: int) -> Dag:
 
 def tsqr(n_chunks: int) -> Dag:
     """R of a tall matrix: a QR of each chunk, then of pairs of R."""
-    build = _Builder()
+    build = DagBuilder()
     return build.dag([build.tree([build.add(build.add()) for _ in range(n_chunks)])])
 
 
 def svd_tall(n_chunks: int) -> Dag:
     """SVD of a tall matrix: all R are stacked, and each chunk's Q is multiplied by a part of U."""
-    build = _Builder()
+    build = DagBuilder()
     qr = [build.add(build.add()) for _ in range(n_chunks)]
     stacked = build.add(*(build.add(task) for task in qr))
     small = build.add(stacked)
@@ -125,7 +135,7 @@ def svd_tall(n_chunks: int) -> Dag:
 
 def svd_square(n_blocks: int) -> Dag:
     """Compressed SVD of a square matrix: products with a thin matrix, and QRs between them."""
-    build = _Builder()
+    build = DagBuilder()
     span = range(n_blocks)
     a = [[build.add() for _ in span] for _ in span]
     thin = [build.add() for _ in span]
@@ -140,14 +150,14 @@ def svd_square(n_blocks: int) -> Dag:
 
 def prediction(n_chunks: int) -> Dag:
     """One model applied to every chunk."""
-    build = _Builder()
+    build = DagBuilder()
     model = build.add()
     return build.dag([build.add(build.add(), model) for _ in range(n_chunks)])
 
 
 def random_dag(n_tasks: int, rng: Random) -> Dag:
     """Edges to recent tasks and, less often, to any; sinks and some others are requested."""
-    build = _Builder()
+    build = DagBuilder()
     reach = rng.choice((3, 8, n_tasks))
     n_inputs_max = rng.choice((1, 2, 3, 6))
     is_read = [False] * n_tasks

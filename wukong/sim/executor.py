@@ -432,7 +432,8 @@ class SimExecutor:
                 self._memory.receive(entry, payload)
             return self._fetched(part, wanted)
 
-        self._ask(action, read, arrived, self._setting.platform.move_s(n_bytes), n_operations=0)
+        takes_s = self._setting.move_s([entry.size_bytes for _, entry, _ in to_read])
+        self._ask(action, read, arrived, takes_s, n_operations=0)
         return None
 
     def _fetched(self, part: Part, wanted: set[int]) -> Event:
@@ -449,7 +450,7 @@ class SimExecutor:
                 blobs[blob] = values, entry.size_bytes
         if not blobs:
             return Put(tuple(entries))
-        takes_s = self._setting.platform.move_s(sum(size for _, size in blobs.values()))
+        takes_s = self._setting.move_s([size_bytes for _, size_bytes in blobs.values()])
         event = Put(tuple(entries))
         # A put that takes effect after it was given up leaves a blob behind: no harm, no test.
         self._ask(action, lambda: self._store.put(blobs), lambda _: event, takes_s, False, 0)

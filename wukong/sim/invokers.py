@@ -84,8 +84,27 @@ class _Deliveries:
             )
 
     def _send(self, invocations: Sequence[Invocation], typical_s: float) -> None:
+        world, platform = self._world, self._world.setting.platform
+        if not 0 < platform.relay < len(invocations):
+            world.counts["invocations"] += len(invocations)
+            self._send_each(invocations, typical_s)
+            return
+        size = -(-len(invocations) // platform.relay)
+        for number, first in enumerate(range(0, len(invocations), size)):
+            group = invocations[first : first + size]
+            world.after(number / platform.invokes_per_s, self._relay, group, typical_s)
+
+    def _relay(self, group: Sequence[Invocation], typical_s: float) -> None:
+        """One invocation carries others, which its executor sends on before it begins."""
+        platform = self._world.setting.platform
+        self._world.counts["invocations"] += 1
+        self._send_each(group[:1], typical_s)
+        self._world.after(
+            typical_s + platform.cold_start_s + platform.invoke_s, self._send, group[1:], typical_s
+        )
+
+    def _send_each(self, invocations: Sequence[Invocation], typical_s: float) -> None:
         world, faults = self._world, self._world.setting.faults
-        world.counts["invocations"] += len(invocations)
         for invocation in invocations:
             if world.hits(faults.throttled) or world.hits(faults.invoke_lost):
                 continue

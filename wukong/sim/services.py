@@ -46,17 +46,16 @@ class Platform:
     """New executors at once."""
     rate_per_s: float = float("inf")
     """New executors after the burst."""
+    tier_bytes: int = 0
+    """Blobs below this size are kept beside the jobs, one round trip away (a tiered store)."""
     service_s: float = 0.0
     """What an operation occupies the job store for; operations on one job follow each other."""
     service_row_s: float = 0.0
     """The same for each row that it writes."""
     invokes_per_s: float = float("inf")
     """Invocations that one caller can send."""
-
-    def move_s(self, n_bytes: int) -> float:
-        """Seconds of one operation on the blob store."""
-        return self.blob_s + n_bytes / self.blob_bytes_per_s
-
+    relay: int = 0
+    """A caller with more invocations than this has the first ones send the others on; 0: never."""
 
 LOCAL_POOL = Platform(
     name="local",

@@ -43,11 +43,19 @@ class Setting:
     scheme: Scheme = OURS
     """Who invokes, and what a commit costs."""
 
+    def move_s(self, sizes_bytes: Sequence[int]) -> float:
+        """Seconds of one operation on blobs of these sizes."""
+        platform = self.platform
+        is_near = self.scheme.inline and max(sizes_bytes) < platform.tier_bytes
+        first_s = platform.store_s if is_near else platform.blob_s
+        return first_s + sum(sizes_bytes) / platform.blob_bytes_per_s
+
     def invoke_s(self, n_invocations: int) -> float:
         """What invoking takes an executor: where the client does it, a message to the client."""
         if self.scheme.client_invokes:
             return self.platform.store_s / 2
-        return self.platform.invoke_s + n_invocations / self.platform.invokes_per_s
+        n_sent = min(n_invocations, self.platform.relay or n_invocations)
+        return self.platform.invoke_s + n_sent / self.platform.invokes_per_s
 
 
 class World:
