@@ -1,6 +1,7 @@
 """The commands of the benchmarks. Every one prints tables and writes JSON, most a plot too."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from bench import linalg as linalg_suite
 from bench import micro as micro_suite
 from bench.measure import Case, Comparison, compare
 from bench.present import Target
+from bench.service import measure_service
+from wukong.storage import open_store
 
 console = Console()
 
@@ -119,6 +122,44 @@ def limits(rounds: int, only: tuple[str, ...], out: Path) -> None:
     console.print(present.quantities_table(quantities))
     present.write_json(out / "limits.json", "limits", quantities=quantities)
     console.print(f"written: {out / 'limits.json'}")
+
+
+@main.command()
+@click.argument("suites", nargs=-1)
+@click.option(
+    "--store",
+    "url",
+    metavar="URL",
+    help="Measure a commit's service time there, e.g. redis://127.0.0.1; the embedded store else.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("bench/results"),
+    show_default=True,
+    help="Folder of the JSON files and the plots.",
+)
+def scale(suites: tuple[str, ...], url: str | None, out: Path) -> None:
+    """Ten thousand executors and more, in simulation; SUITES: tree strong weak gemm ..."""
+    from bench import scale as scale_suite
+    from bench.scale_workloads import SUITES
+
+    unknown = set(suites) - SUITES.keys()
+    if unknown:
+        raise click.UsageError(f"no suite {', '.join(unknown)}; there are: {', '.join(SUITES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        service = measure_service(open_store(url or f"local://{folder}/store"), 20)
+    console.print(
+        f"[bold]bench scale[/]: a commit occupies the server for {service.fixed_s * 1e6:.0f} us "
+        f"and {service.row_s * 1e6:.1f} us a row ({url or 'embedded store'})"
+    )
+    for name in suites or SUITES:
+        with console.status(name) as line:
+            outcomes = scale_suite.run_suite(SUITES[name], service, line.update)
+        Console(width=max(console.width, 150)).print(scale_suite.table(outcomes))
+        records = [outcome.to_dict() for outcome in outcomes]
+        present.write_records(out / f"scale-{name}.json", f"scale {name}", records)
+        scale_suite.draw(out / f"scale-{name}.png", outcomes)
 
 
 def _chosen(cases: Sequence[Case], only: tuple[str, ...]) -> list[Case]:

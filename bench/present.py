@@ -141,11 +141,7 @@ def write_json(
     quantities: Sequence[Quantity] = (),
 ) -> None:
     """Write all seconds, ratios and quantities, with the machine and the versions."""
-    record = {
-        "suite": suite,
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+    records = {
         "comparisons": [
             {
                 "case": comparison.case,
@@ -167,6 +163,18 @@ def write_json(
         ],
         "quantities": [{**asdict(quantity), "median": quantity.median} for quantity in quantities],
     }
+    write_records(path, suite, records)
+
+
+def write_records(path: Path, suite: str, records: object) -> None:
+    """Write whatever a suite has found, with the machine and the versions."""
+    record: dict[str, object] = {
+        "suite": suite,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    record.update(records if isinstance(records, dict) else {"records": records})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

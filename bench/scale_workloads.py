@@ -9,6 +9,7 @@ what must be moved if every executor keeps all that it has made or read.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from wukong.sim import Costs, Dag
 from wukong.sim.dags import DagBuilder
@@ -199,20 +200,17 @@ def prediction(n_rows: int, n_columns: int = 20, chunk: int = 100_000) -> Worklo
 
 SUITES: dict[str, list[Callable[[], Workload]]] = {
     "tree": [
-        *(lambda s=s: tree_reduction(1_024, s) for s in (0.0, 0.1, 0.25, 0.5)),
-        lambda: tree_reduction(16_384, 0.5),
+        *(partial(tree_reduction, 1_024, s) for s in (0.0, 0.1, 0.25, 0.5)),
+        partial(tree_reduction, 16_384, 0.5),
     ],
-    "strong": [
-        lambda: independent(10_000, 0.5, 250),
-        lambda: independent(100_000, 0.5, 10_000),
-    ],
-    "weak": [lambda n=n: independent(10 * n, 0.5, n) for n in (10, 100, 1_000, 10_000, 100_000)],
-    "gemm": [lambda n=n: gemm(n) for n in (5_000, 10_000, 25_000, 50_000)],
-    "tsqr": [lambda n=n: tsqr(int(n * 2**19)) for n in (1, 4, 8, 32, 640)],
-    "svd1": [lambda n=n: svd_tall(n) for n in (500_000, 2_000_000, 8_100_000)],
-    "svd2": [lambda n=n: svd_square(n) for n in (16_000, 64_000, 256_000)],
-    "svc": [lambda n=n: prediction(n) for n in (1_000_000, 4_100_000, 16_300_000)],
-    "fan": [lambda n=n: fan_out(n, 1.0, min(n, 10_000)) for n in (1_000, 10_000, 100_000)],
-    "million": [lambda: tree_reduction(2**19, 0.01, 1_000)],
+    "strong": [partial(independent, 10_000, 0.5, 250), partial(independent, 100_000, 0.5, 10_000)],
+    "weak": [partial(independent, 10 * n, 0.5, n) for n in (10, 100, 1_000, 10_000, 100_000)],
+    "gemm": [partial(gemm, n) for n in (5_000, 10_000, 25_000, 50_000)],
+    "tsqr": [partial(tsqr, n * 2**19) for n in (1, 4, 8, 32, 640)],
+    "svd1": [partial(svd_tall, n) for n in (500_000, 2_000_000, 8_100_000)],
+    "svd2": [partial(svd_square, n) for n in (16_000, 64_000, 256_000)],
+    "svc": [partial(prediction, n) for n in (1_000_000, 4_100_000, 16_300_000)],
+    "fan": [partial(fan_out, n, 1.0, min(n, 10_000)) for n in (1_000, 10_000, 100_000)],
+    "million": [partial(tree_reduction, 2**19, 0.01, 1_000)],
 }
 """By name: what `bench scale` simulates. 640 x 2^19 rows make 10,240 chunks of TSQR."""

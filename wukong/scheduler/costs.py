@@ -29,7 +29,8 @@ other on one server, and two for each strand occupy that for half a second here 
 
 def strands_per_executor(n_executors: int) -> float:
     """How many strands to cut a graph into, for each executor."""
-    return min(STRANDS_PER_EXECUTOR, max(1.0, STRANDS_MAX / n_executors))
+    # A little more than one: tasks of equal cost then fill strands that are no larger than a share.
+    return min(STRANDS_PER_EXECUTOR, max(1.1, STRANDS_MAX / n_executors))
 
 
 class Costs:

@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 
-
 @dataclass(frozen=True, slots=True)
 class SimReport:
     """What happened in a simulated world."""

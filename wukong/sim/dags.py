@@ -59,9 +59,7 @@ class DagBuilder:
         self.costs.append(cost)
         return len(self.reads) - 1
 
-    def tree(
-        self, tasks: Sequence[int], width: int = 2, cost: tuple[float, int] = (0.0, 0)
-    ) -> int:
+    def tree(self, tasks: Sequence[int], width: int = 2, cost: tuple[float, int] = (0.0, 0)) -> int:
         """Reduce values level by level. Returns: the root."""
         level = list(tasks)
         while len(level) > 1:

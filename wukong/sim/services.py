@@ -57,6 +57,7 @@ class Platform:
     relay: int = 0
     """A caller with more invocations than this has the first ones send the others on; 0: never."""
 
+
 LOCAL_POOL = Platform(
     name="local",
     store_s=100e-6,
