@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import threading
 import traceback
@@ -358,7 +357,6 @@ def test_a_result_lives_while_one_future_of_its_key_does(client: Client, tmp_pat
     y = client.submit(leave_mark, str(tmp_path), "kept")
     x.release()
     del x
-    gc.collect()
     assert y.result() == "kept"
     assert n_marks(tmp_path, "kept") == 1
 
@@ -370,7 +368,6 @@ def test_a_released_result_is_computed_anew(
     wait(future)
     key = future.key
     del future
-    gc.collect()
     wait_until(lambda: key not in client.futures)
     assert client.submit(leave_mark, str(tmp_path), "anew").result() == "anew"
     assert n_marks(tmp_path, "anew") == 2
@@ -380,7 +377,6 @@ def test_inputs_may_be_released_when_their_reader_is_submitted(client: Client) -
     future = client.submit(slow_inc, 1)
     for _ in range(5):
         future = client.submit(slow_inc, future, 0.005)  # the input's only future is gone
-    gc.collect()
     assert future.result() == 7
 
 
@@ -400,7 +396,6 @@ def test_a_future_bound_again_keeps_the_result(client: Client) -> None:
     again = pickle.loads(pickle.dumps(future))
     again.bind_client(client)
     del future
-    gc.collect()
     assert again.result() == 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import subprocess
 import sys
 import threading
@@ -149,7 +148,6 @@ def test_a_result_lives_for_the_other_client(client: Client, other: Client) -> N
     wait_in(other, [y])
     x.release()
     del x
-    gc.collect()
     time.sleep(0.02)
     assert y.result() == 2
 
@@ -191,7 +189,6 @@ def test_a_client_counts_its_futures(client: Client, wait_until: Any) -> None:
     assert {x.key, y.key} <= set(client.futures)
     key = x.key
     del x
-    gc.collect()
     wait_until(lambda: key not in client.futures)
     assert y.key in client.futures
 

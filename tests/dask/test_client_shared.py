@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import time
 import uuid
@@ -52,7 +51,6 @@ def test_a_variable_holds_a_future(client: Client) -> None:
 def test_a_variable_keeps_its_future_alive(client: Client) -> None:
     variable = Variable(fresh("variable"))
     variable.set(client.submit(inc, 1, key=fresh("kept")))
-    gc.collect()
     time.sleep(0.02)
     assert variable.get(timeout=10).result(timeout=10) == 2
 
@@ -168,7 +166,6 @@ def test_a_queue_holds_futures(client: Client) -> None:
 def test_a_queue_keeps_its_futures_alive(client: Client) -> None:
     queue = Queue(fresh("queue"))
     queue.put(client.submit(inc, 1, key=fresh("kept")))
-    gc.collect()
     time.sleep(0.02)
     assert queue.get(timeout=10).result(timeout=10) == 2
 
@@ -351,7 +348,6 @@ def test_a_published_result_lives_until_it_is_unpublished(client: Client) -> Non
     wait(future)
     client.publish_dataset(future, name=name)
     del future
-    gc.collect()
     time.sleep(0.02)
     assert client.get_dataset(name).result(timeout=10) == 2
     client.unpublish_dataset(name)

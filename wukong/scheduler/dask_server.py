@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,6 +108,8 @@ class DaskServer(KeyServer):
         """Held from looking keys up until the new ones are in the table."""
         self._early: list[News] = []
         """News of values that are not in the table yet."""
+        self._arrived: list[tuple[str, set[Key]]] = []
+        """Graphs that are not in the table yet: whose, and the keys that were released since."""
         super().__init__(
             handlers={},
             deserialize=False,
@@ -276,6 +278,8 @@ class DaskServer(KeyServer):
             _scheduling: priorities by task, origin in the user's code: they have no use here.
         """
         keys = list(keys)
+        released: set[Key] = set()
+        self._arrived.append((client, released))
         try:
             if actors:
                 raise NotImplementedError(NO_ACTORS)
@@ -287,7 +291,7 @@ class DaskServer(KeyServer):
             async with self._extending:
                 self.give_back()  # what the client has released before it sent this
                 piece = cut_known(sent, keys, self.tasks, annotations or {})
-                await self._extend(client, keys, piece, is_small, source)
+                await self._extend(client, keys, piece, is_small, source, released)
                 early, self._early = self._early, []
             self.learn(early)
         except MissingKey as error:
@@ -298,11 +302,47 @@ class DaskServer(KeyServer):
             failure = as_failure(error)
             report = {"exception": failure.pickled, "traceback": failure.frames or None}
             self.send(client, *[{"op": "task-erred", "key": key, **report} for key in keys])
+        finally:
+            self._arrived = [one for one in self._arrived if one[1] is not released]
+
+    def client_releases_keys(self, keys: Iterable[Key], client: str) -> None:
+        """Let a client hold keys no more, nor those of its graphs that are on their way."""
+        keys = list(keys)
+        super().client_releases_keys(keys, client)
+        self._release_arrived(keys, client)
+
+    def cancel_keys(
+        self,
+        keys: Collection[Key],
+        client: str,
+        force: bool = False,
+        reason: str | None = None,
+        msg: str | None = None,
+    ) -> None:
+        """Take back the work of keys, and of all that is computed from them; what is on its way
+        is given back when it is there."""
+        super().cancel_keys(keys, client, force, reason, msg)
+        self._release_arrived(keys, client)
+
+    def _release_arrived(self, keys: Collection[Key], client: str) -> None:
+        for whose, released in self._arrived:
+            if whose == client:
+                released.update(keys)
 
     async def _extend(
-        self, client: str, keys: Sequence[Key], piece: Piece, is_small: bool, source: object
+        self,
+        client: str,
+        keys: Sequence[Key],
+        piece: Piece,
+        is_small: bool,
+        source: object,
+        released: Collection[Key],
     ) -> None:
-        """Add a piece to the session's job and its keys to the table, held by the client."""
+        """Add a piece to the session's job and its keys to the table, held by the client.
+
+        Args:
+            released: keys that the client has released meanwhile.
+        """
         guard = Holder("the graph that is being added")
         try:
             self.hold(piece.known, guard)
@@ -327,7 +367,7 @@ class DaskServer(KeyServer):
                 self.futures.link(made[key], [made[k] for k in upstream if k in made])
             # It may have gone meanwhile; then nobody holds the new keys.
             if (holder := self.clients.get(client)) is not None:
-                self.hold(keys, holder)
+                self.hold([key for key in keys if key not in released], holder)
         finally:
             self.let_go(list(guard.entries), guard)
 
