@@ -180,6 +180,15 @@ def test_the_standard_librarys_as_completed(executor: CallExecutor) -> None:
     assert all(f.result() == futures[f] + 1 for f in cf.as_completed(futures, 20))
 
 
+def test_results_come_one_by_one(executor: CallExecutor, tmp_path: Path) -> None:
+    futures = [executor.submit(inc, n) for n in range(10)]
+    futures.append(executor.submit(wait_for, str(tmp_path / "go")))
+    finished = cf.as_completed(futures, 20)
+    assert sorted(next(finished).result() for _ in range(10)) == list(range(1, 11))
+    (tmp_path / "go").touch()
+    assert next(finished) is futures[10]
+
+
 def test_a_callback_is_called(executor: CallExecutor) -> None:
     seen: list[Any] = []
     called = threading.Event()

@@ -180,6 +180,20 @@ def test_work_that_nobody_needs_is_dropped(client: Client) -> None:
     assert sorted(begun) == [1, 2]
 
 
+def test_a_dropped_reader_leaves_what_others_hold(client: Client) -> None:
+    go = threading.Event()
+
+    def wait(x: int) -> int:
+        assert go.wait(LONG_S)
+        return x
+
+    inputs = [client.extend({name: (wait, i)}, name)[0] for i, name in enumerate("abc")]
+    reader = client.extend({"r": (max, "a", "b", "c")}, "r", **dict(zip("abc", inputs)))
+    client.session.release(reader)
+    go.set()
+    assert client.results(inputs) == [0, 1, 2]
+
+
 def test_an_input_that_is_not_held_is_refused(client: Client) -> None:
     (a,) = client.extend({"a": (inc, 1)}, "a")
     client.session.release([a])
