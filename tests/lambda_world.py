@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.redis_servers import Server as RedisServer
+from tests.redis_servers import free_port
 from wukong.aws.lambda_function import LocalFunction
 from wukong.aws.lambda_local import LocalLambda
 from wukong.aws.platform import Scaling
@@ -30,6 +32,13 @@ class World:
         self.stack = stack
         self.directory = default_directory()
         self.store = f"local://{self.directory}"
+
+    def use_redis(self, *options: str) -> RedisServer:
+        """Keep jobs in a Redis of this world's."""
+        server = RedisServer(self.tmp_path / "redis", *options, port=free_port())
+        self.stack.callback(server.stop)
+        self.store = server.tcp_url
+        return server
 
     def function(self, concurrency: int = 2, **fields: Any) -> LocalFunction:
         """Wukong's function, on this world's store."""

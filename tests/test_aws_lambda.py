@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from tests.lambda_world import World, leave_mark, marks, wait_until, world
+from tests.moto_service import make_bucket
 from tests.servers import needs
 from wukong.aws.platform import Scaling
 from wukong.cluster_lambda import check_versions
 from wukong.errors import InvokeError, TaskError, VersionMismatch
 from wukong.executor.aws_lambda import versions
+from wukong.executor.aws_lambda_invoker import connect
 
 needs("aiobotocore", "aiohttp", "awslambdaric", "boto3")
 
@@ -216,6 +218,70 @@ def test_a_service_that_is_killed_and_started_again_ends_the_job_right(
         for process in processes:
             process.kill()
             process.communicate()
+
+
+SECRET = "ab" * 32
+
+
+@pytest.mark.slow
+def test_jobs_live_in_redis_and_large_values_in_s3(world: World, moto_url: str) -> None:
+    world.use_redis()
+    make_bucket(moto_url, "values")
+    blobs = f"s3://values/jobs?endpoint_url={moto_url}&region=us-east-1"
+    variables = {"WUKONG_BLOBS": blobs, "DASK_WUKONG__STORE__SECRET": SECRET}
+    service = world.service(environment=variables)
+    with dask.config.set({"wukong.store.secret": SECRET}):
+        cluster = world.cluster(service.url, blobs=blobs)
+        parts = [dask.delayed(np.full)(100_000, float(i)) for i in range(8)]
+        sums = [dask.delayed(np.add)(parts[i], parts[-1 - i]) for i in range(8)]
+        result = dask.delayed(np.concatenate)(sums).compute(scheduler=cluster.get)
+    assert result.sum() == 8 * 7.0 * 100_000
+    assert service.counters.failures == 0
+    cost = cluster.report().cost
+    assert cost is not None
+    assert cost.usage.s3_puts == cluster.report().blobs_written > 0
+
+
+@pytest.mark.slow
+def test_redis_that_is_killed_and_comes_back_ends_the_job_right(
+    world: World, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    server = world.use_redis("appendonly yes", "appendfsync always")
+    service = world.service(environment={"DASK_WUKONG__STORE__SECRET": SECRET})
+    settings = {"store.secret": SECRET, "job.silence-s": 1.0, "executor.heartbeat-s": 0.2}
+    with dask.config.set({f"wukong.{name}": value for name, value in settings.items()}):
+        cluster = world.cluster(service.url)
+
+        def restart() -> None:
+            wait_until(lambda: marks(mark) >= 3)
+            server.kill()
+            time.sleep(0.5)
+            server.start()
+
+        other = threading.Thread(target=restart)
+        other.start()
+        leaves = [nap(i, 0.2, str(mark)) for i in range(16)]
+        assert total(leaves).compute(scheduler=cluster.get) == sum(range(16))
+        other.join()
+
+
+@pytest.mark.slow
+def test_a_dask_client_works_with_functions(world: World) -> None:
+    distributed = pytest.importorskip("distributed")
+    cluster = world.cluster(world.service().url)
+    with distributed.Client(cluster) as client:
+        futures = client.map(pow, range(10), [2] * 10)
+        assert client.submit(sum, futures).result(timeout=60) == 285
+
+
+@pytest.mark.slow
+def test_the_schedule_goes_through_all_jobs(world: World) -> None:
+    service = world.service()
+    with connect(service.url, None) as client:
+        assert client.invoke("wukong", {"wukong": "sweep"}) == {"jobs": 0, "invoked": 0}
+        with pytest.raises(InvokeError, match="no event of Wukong's"):
+            client.invoke("wukong", {"wukong": "dance"})
 
 
 @pytest.mark.slow
