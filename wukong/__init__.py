@@ -9,7 +9,8 @@
 
 After `import wukong`, `x.compute(scheduler="wukong")` runs on processes of this machine; a
 `LocalCluster` gives their number, threads instead, and a report of each job. A
-`LambdaCluster` has functions of AWS Lambda as executors.
+`LambdaCluster` has functions of AWS Lambda as executors, a `LeasedCluster` those that agents of
+nodes lease.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ExecutorCluster",
     "LambdaCluster",
+    "LeasedCluster",
     "LocalCluster",
     "Report",
     "attach",
@@ -41,11 +43,13 @@ __all__ = [
 if TYPE_CHECKING:
     from wukong.cluster_futures import ExecutorCluster
     from wukong.cluster_lambda import LambdaCluster
+    from wukong.cluster_leased import LeasedCluster
 
 # Imported at first use: who runs graphs on this machine shall not wait for them.
 _LATER = {
     "ExecutorCluster": "wukong.cluster_futures",
     "LambdaCluster": "wukong.cluster_lambda",
+    "LeasedCluster": "wukong.cluster_leased",
 }
 
 

@@ -55,6 +55,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 # Commands whose modules are imported when they are called, or listed.
 ELSEWHERE = {
+    "agent": "wukong.rdma.commands:agent",
     "aws": "wukong.aws.commands:aws",
     "lambda-local": "wukong.aws.commands:lambda_local",
 }

@@ -119,6 +119,8 @@ class _Child:
     usage: mmap.mmap
     start: Start | None = None
     """None: a spare."""
+    is_killed: bool = False
+    """By this agent: its lease has ended."""
 
 
 class Agent:
@@ -353,6 +355,7 @@ class Agent:
                 return
         for child in self._children.values():
             if child.start and (child.start.lease, child.start.epoch) == (lease, epoch):
+                child.is_killed = True
                 _kill(child.pid)
 
     # -------------------------------------------------------------- processes
@@ -453,7 +456,7 @@ class Agent:
     def _bury(self, child: _Child, start: Start, status: int) -> None:
         with memoryview(child.usage)[:USAGE_BYTES] as page, page.cast("d") as numbers:
             usage = Usage(int(numbers[0]), numbers[1], numbers[2])
-        if status:
+        if status and not child.is_killed:
             logger.info(
                 "executor %d of lease %s %s", start.number, start.lease, describe_death(status)
             )

@@ -73,6 +73,8 @@ class Seats:
         timeout_s: float,
         ca: str,
     ) -> None:
+        self.pipeline = PIPELINE
+        """Calls that an executor has at a time, at most."""
         self.receipts: list[dict[str, Any]] = []
         """Of what is over: what was used, signed by the agents."""
         self._request = request
@@ -129,7 +131,7 @@ class Seats:
         """Send what waits to executors that have room for it."""
         while True:
             with self._lock:
-                seats = [s for s in self._seats if len(s.calls) < PIPELINE and not s.is_cut]
+                seats = [s for s in self._seats if len(s.calls) < self.pipeline and not s.is_cut]
                 if not self._backlog or not seats:
                     return
                 call = self._backlog.popleft()
