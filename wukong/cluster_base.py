@@ -31,7 +31,7 @@ from wukong.scheduler.graph import plan_graph
 from wukong.scheduler.job import JobPolicy
 from wukong.scheduler.plan import Plan
 from wukong.session import Session
-from wukong.session_watch import OnNews
+from wukong.session_watch import OnNews, OnRuns
 from wukong.storage import Store
 from wukong.submit import LEAST_STRAND_S, Submission, cut_plan, submit_plan
 
@@ -248,7 +248,7 @@ class Cluster(DaskCluster):
             self._call_executors.append(executor)
             return executor
 
-    def open_session(self, on_news: OnNews) -> Session:
+    def open_session(self, on_news: OnNews, on_runs: OnRuns | None = None) -> Session:
         """Open a job to which graphs can be added, on this cluster; close it before the cluster."""
         return Session(
             self._store,
@@ -256,6 +256,7 @@ class Cluster(DaskCluster):
             n_workers=self.n_workers,
             costs=self._costs,
             on_news=on_news,
+            on_runs=on_runs,
         )
 
     # -------------------------------------------------------------- life

@@ -45,7 +45,11 @@ class DaskCluster:
 
     # -------------------------------------------------------------- the server
 
-    def open_session(self, on_news: Callable[[Sequence[Any]], None]) -> Any:
+    def open_session(
+        self,
+        on_news: Callable[[Sequence[Any]], None],
+        on_runs: Callable[[Sequence[Any]], None] | None = None,
+    ) -> Any:
         """Open the session that the server works with."""
         raise NotImplementedError
 
@@ -148,8 +152,12 @@ class DaskCluster:
 
     @property
     def dashboard_link(self) -> str:
-        """A page with the live counters; "" while there is none."""
-        return ""
+        """A page with the live counters; "" while there is no server."""
+        if self._host is None:
+            return ""
+        protocol, _, place = self._host.address.partition("://")
+        host = "127.0.0.1" if protocol == "inproc" else place.rpartition(":")[0]
+        return f"http://{host}:{self._host.server.services['dashboard']}/status"
 
     def _repr_html_(self) -> str:
         state = "closed" if self._is_closed else "running"

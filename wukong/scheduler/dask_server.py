@@ -15,6 +15,7 @@ gives as workers' are its own. Built on distributed's own server, comms and seri
     dask_server_clients    one client's end: its reports, its versions
     dask_server_values     gather, scatter
     dask_server_facts      calls that only ask
+    dask_server_looks      the task stream, reports, a page
     dask_server_executors  calls to executors
     dask_server_tasks      what tasks find around them, in executors
     dask_server_host       starts and ends the server for a cluster
@@ -27,7 +28,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import dask.config
 from distributed.broker import Broker
@@ -58,7 +59,9 @@ from wukong.scheduler.dask_server_graphs import (
     size_of_message,
 )
 from wukong.scheduler.dask_server_keys import KeyServer
+from wukong.scheduler.dask_server_looks import Looks
 from wukong.scheduler.dask_server_values import Values
+from wukong.trace import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +80,17 @@ NO_ACTORS = (
 )
 
 
+OpenSession: TypeAlias = (
+    "Callable[[Callable[[Sequence[News]], None], Callable[[Sequence[RunRecord]], None]], Work]"
+)
+
+
 class DaskServer(KeyServer):
     """Serves Dask clients from a session. For one event loop.
 
     Args:
-        open_session: makes the session; it gets the function that takes news, from any thread.
+        open_session: makes the session; it gets the functions that take news and records of runs,
+            which it calls in any thread.
         n_executors: as many workers are shown to clients.
         are_threads: executors are threads of this process.
         security: TLS for `tls://` addresses.
@@ -91,7 +100,7 @@ class DaskServer(KeyServer):
 
     def __init__(
         self,
-        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
+        open_session: OpenSession,
         *,
         n_executors: int,
         are_threads: bool,
@@ -134,7 +143,8 @@ class DaskServer(KeyServer):
             "values": Values(self),
             "facts": Facts(self),
         }
-        self.session = open_session(self._tell)
+        self.looks = Looks(self)
+        self.session = open_session(self._tell, self._tell_runs)
 
     def _answer_clients(self) -> None:
         """Mount what the server itself answers; its parts mount the rest."""
@@ -176,6 +186,12 @@ class DaskServer(KeyServer):
         await base.listen(address, **self.security.get_listen_args("scheduler"))
         return str(self.listeners[-1].contact_address)
 
+    def open_page(self) -> None:
+        """Serve a page with counters, beside the first address."""
+        protocol, _, place = self.address.partition("://")
+        host = "127.0.0.1" if protocol == "inproc" else place.rpartition(":")[0]
+        self.services["dashboard"] = self.looks.open_page(host)
+
     async def close(self, timeout: float | None = None, reason: str = "") -> None:
         """End the session, and say goodbye to clients. Idempotent."""
         if self.status in (Status.closing, Status.closed):
@@ -189,6 +205,7 @@ class DaskServer(KeyServer):
             await outbox.close()
         await offload(self.session.close)
         self.executors.scratch.remove()
+        self.looks.close_page()
         self.status = Status.closed
         await super().close(timeout, reason)
 
@@ -374,6 +391,10 @@ class DaskServer(KeyServer):
     def _tell(self, news: Sequence[News]) -> None:
         """What the session calls, in any thread."""
         self.loop.add_callback(self._learn, news)
+
+    def _tell_runs(self, records: Sequence[RunRecord]) -> None:
+        """As `_tell`, of what has run."""
+        self.loop.add_callback(self.looks.take, records)
 
     def _learn(self, news: Sequence[News]) -> None:
         # While a graph is being added its values may be known here before their keys are.

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from wukong.scheduler.dask_server import DaskServer
 
 
+REPLAYED = "replayed-tasks"
+"""Holds what a client needs to run a task again itself."""
+REPLAY_S = 30.0
+
+
 class Facts:
     """The handlers; for the loop's thread."""
 
@@ -201,17 +206,26 @@ class Facts:
         entry = self._server.futures.entry_of(task)
         return task if entry is None else entry.key
 
-    def run_spec(self, key: Any) -> ToPickle[Any]:
-        """A key's node, for a client that runs it itself.
+    async def run_spec(self, key: Any) -> Any:
+        """A key's node, for a client that runs it itself; what it reads is there again for a while.
 
         Raises:
             KeyError: it is not known, or came with a graph that was too large to be kept.
         """
         name = tuple(key) if isinstance(key, list) else key
-        source = self._server.tasks[name].source
-        if source is None:
+        server = self._server
+        entry = server.tasks[name]
+        if entry.source is None:
             raise KeyError(f"the graph of {name!r} is not kept: it is large, or it was scattered")
-        return ToPickle(read_graph(source).dsk[name])
+        gone = [e for e in entry.inputs if e.key not in server.tasks and e.source is not None]
+        if gone:
+            server.client_desires_keys((), REPLAYED)
+            server.loop.call_later(REPLAY_S, server.remove_client, REPLAYED)
+        for reader in gone:
+            await server.update_graph(REPLAYED, reader.source, [reader.key])
+        node = read_graph(entry.source).dsk[name]
+        # A comm inside the process hands the answer over as it is.
+        return node if server.address.startswith("inproc://") else ToPickle(node)
 
     def error_cause(self, keys: Iterable[Any]) -> Key | None:
         """The key whose computation raised the error that the first failed one of `keys` has."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import dask.config
 from distributed.security import Security
 from distributed.utils import LoopRunner, silence_logging_cmgr, sync
 
-from wukong.scheduler.dask_server import DaskServer
+from wukong.scheduler.dask_server import DaskServer, OpenSession
 from wukong.scheduler.dask_server_clients import check_own_version
-from wukong.scheduler.dask_server_futures import News, Work
 
 MAX_WORKERS = 64
 """So many addresses are given as workers' at most; each is a listening socket."""
@@ -38,7 +37,7 @@ class ServerHost:
 
     def __init__(
         self,
-        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
+        open_session: OpenSession,
         *,
         n_executors: int,
         are_threads: bool,
@@ -71,7 +70,7 @@ class ServerHost:
 
     async def _start(
         self,
-        open_session: Callable[[Callable[[Sequence[News]], None]], Work],
+        open_session: OpenSession,
         n_executors: int,
         are_threads: bool,
         address: str,
@@ -90,6 +89,7 @@ class ServerHost:
             own = "inproc://" if protocol == "inproc" else f"{protocol}://{host}:0"
             for number in range(min(n_executors, MAX_WORKERS)):
                 server.workers[await server.listen_at(own)] = str(number)
+            server.open_page()
             await server
         except BaseException:
             await server.close()
