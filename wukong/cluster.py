@@ -190,5 +190,5 @@ def answer_former(arguments: dict[str, object]) -> None:
 def preloaded() -> tuple[str, ...]:
     """What executors import before they are forked."""
     # A client of Dask's is likely to be made, and its tasks then look for their worker.
-    dasks = ("distributed",) if "distributed" in sys.modules else ()
+    dasks = ("wukong.scheduler.dask_server_tasks",) if "distributed" in sys.modules else ()
     return (*config.get("local.preload"), *dasks)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GREETING_S = 2.0
-"""Executors that are busy with other tasks are waited for so long; a call goes to the others."""
+GREETING_S = 15.0
+"""Executors that start, or are busy with other tasks, are waited for so long; a call goes to those
+that have come."""
 
 
 class Executors:
