@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 SHELL := /bin/bash
 
-.PHONY: venv demo test test-fast test-full test-rdma check bench clean
+.PHONY: venv demo test test-fast test-full test-rdma servers check bench clean
 
 venv: $(STAMP)
 
@@ -27,7 +27,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+test: check servers
 	$(BIN)/python -m pytest -q -m "not slow"
 	$(BIN)/python -m pytest -q -m "slow"
 
@@ -37,10 +37,17 @@ test: check
 test-rdma: venv
 	$(BIN)/python -m tests.rdma_guest
 
+# Servers that tests start themselves; installed where this is root on Debian, else tests skip.
+servers:
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+		--no-install-recommends redis-server openssl >/dev/null; } \
+		|| echo "redis-server is missing: what needs it is skipped"
+
 test-fast: venv
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-full: check
+test-full: check servers
 	$(BIN)/python -m pytest -q --full
 	$(BIN)/python -m tests.dask_suites --full
 

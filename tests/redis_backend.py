@@ -45,20 +45,23 @@ class CountingStore(RedisJobStore):
 class RedisBackend:
     """A store on some server, and its rows as `rows.py` has them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, onlooker_url: str) -> None:
         self.clock = Clock()
-        self.url = url
+        self.onlooker = Link(parse_url(onlooker_url))
         self.store = CountingStore(Link(parse_url(url)), SILENCE_S, self.clock)
 
-    def close(self) -> None:
+    def forget_jobs(self) -> None:
         for job in self.store.jobs():
             self.store.forget(job)
+
+    def close(self) -> None:
         self.store.close()
+        self.onlooker.close()
 
     def ask(self, job: str, table: str, *command: bytes) -> Any:
         key = self.store._key(job, table)
         verb, *rest = command
-        return self.store.link.run_checked([Command(key, pack(verb, key, *rest))])[0]
+        return self.onlooker.run_checked([Command(key, pack(verb, key, *rest))])[0]
 
     def table(self, job: str, table: str) -> dict[str, bytes]:
         flat = self.ask(job, table, b"HGETALL")

@@ -13,35 +13,52 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import needs
 
 pytest.register_assert_rewrite(
-    "storage_contract", "storage_contract_jobs", "storage_contract_open", "storage_walk"
+    "storage_contract",
+    "storage_contract_blobs",
+    "storage_contract_jobs",
+    "storage_contract_open",
+    "storage_walk",
 )
-pytest.importorskip("redis")
-pytest.importorskip("msgpack")
+needs("redis", "msgpack")
 
 from redis_backend import RedisBackend
-from redis_servers import Server
+from redis_servers import Server, ServerCluster, TlsServer
 from storage_contract import TokenContract
+from storage_contract_blobs import JOB, BlobContract
 from storage_contract_jobs import JobContract
 from storage_contract_open import OpenContract
 from storage_walk import Walk
 from test_stores import MemoryBackend
 
+from wukong.storage.redis_blobs import RedisBlobs
+from wukong.storage.redis_link import Link, parse_url, with_options
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+KINDS = {"standalone": Server, "cluster": ServerCluster, "TLS and ACL": TlsServer}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server | ServerCluster]:
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
+        server = KINDS[request.param](Path(folder))
         yield server
         server.stop()
 
 
-@pytest.fixture
-def redis_backend(server: Server) -> Iterator[RedisBackend]:
-    backend = RedisBackend(server.url)
+@pytest.fixture(scope="module")
+def connected(server: Server | ServerCluster) -> Iterator[RedisBackend]:
+    backend = RedisBackend(server.url, server.onlooker_url)
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def redis_backend(connected: RedisBackend) -> Iterator[RedisBackend]:
+    connected.clock.now = 1000.0
+    yield connected
+    connected.forget_jobs()
 
 
 class TestRedisTokens(TokenContract):
@@ -62,9 +79,23 @@ class TestRedisOpenJobs(OpenContract):
         return redis_backend
 
 
+class TestRedisBlobs(BlobContract):
+    """With chunks that are smaller than some blobs."""
+
+    @pytest.fixture
+    def blobs(self, server: Server | ServerCluster) -> Iterator[RedisBlobs]:
+        link = Link(parse_url(with_options(server.url, chunk_bytes=65_000)))
+        blobs = RedisBlobs(link)
+        yield blobs
+        for job in (JOB, f"{JOB}0"):
+            blobs.delete_job(job)
+        link.close()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("server", ["standalone"], indirect=True)
 @settings(
-    max_examples=150,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

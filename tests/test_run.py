@@ -10,7 +10,7 @@ from collections.abc import Callable
 import dask
 import pytest
 
-from wukong.errors import StoreUnavailable
+from wukong.errors import StoreFull
 from wukong.executor import ops, run
 from wukong.executor.messages import HolderId, JobId, Status
 from wukong.executor.run import Executor
@@ -388,7 +388,7 @@ def test_a_value_without_room_is_an_error_when_that_goes_on(world, monkeypatch, 
     def refuse(items) -> None:
         n_tried.append(1)
         if len(n_tried) <= n_times:
-            raise StoreUnavailable("no room for blob a of 200068 bytes")
+            raise StoreFull("no room for blob a of 200068 bytes")
         put_many(items)
 
     monkeypatch.setattr(world.store.blobs, "put_many", refuse)

@@ -224,7 +224,7 @@ def bench(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("place", metavar="DIRECTORY|URL")
 @click.option(
     "--every",
     "every_s",
@@ -234,20 +234,20 @@ def bench(arguments: tuple[str, ...]) -> None:
     help="Seconds between two looks.",
 )
 @click.option("--once", is_flag=True, help="Look once.")
-def sweep(directory: Path, every_s: float, once: bool) -> None:
-    """Look after the jobs of DIRECTORY whose client is gone.
+def sweep(place: str, every_s: float, once: bool) -> None:
+    """Look after the jobs of a store whose client is gone.
 
-    DIRECTORY is that of a LocalCluster. What a dead or silent executor held is queued again, and
-    the pools that wait there are woken. A job goes on as long as any pool runs in the directory;
-    wukong.attach starts one, and returns the results.
+    DIRECTORY is that of a LocalCluster, URL a store as redis://host. What a dead or silent executor
+    held is queued again, and the pools that wait there are woken. A job goes on as long as any pool
+    works there; wukong.attach starts one, and returns the results.
     """
-    from wukong.errors import StoreUnavailable
-    from wukong.sweep import sweep_directory
+    from wukong.errors import StoreError
+    from wukong.sweep import sweep_directory, sweep_store
 
     while True:
         try:
-            found = sweep_directory(directory)
-        except StoreUnavailable as error:
+            found = sweep_store(place) if "://" in place else sweep_directory(Path(place))
+        except (StoreError, ValueError) as error:
             raise click.ClickException(str(error)) from error
         for line in _sweep_lines(found):
             console.print(line, highlight=False, soft_wrap=True)

@@ -74,15 +74,17 @@ def _default_calls() -> CallExecutor:
         return _calls
 
 
-def attach(job: str, directory: str | os.PathLike[str], timeout_s: float | None = None) -> Any:
-    """Gather a job that a client which is gone has left in a store's directory.
+def attach(job: str, place: str | os.PathLike[str], timeout_s: float | None = None) -> Any:
+    """Gather a job that a client which is gone has left in a store.
 
     Args:
         job: its id.
-        directory: the `directory` of the `LocalCluster` that launched it.
+        place: the `directory` or the `store` (`redis://...`) of the cluster that launched it.
     Returns: what that client would have got. What is finished is not run again.
     Raises:
-        JobNotFound: there is no such job in the directory.
+        JobNotFound: there is no such job.
     """
-    with LocalCluster(directory=directory) as cluster:
+    where = os.fspath(place)
+    is_url = "://" in where
+    with LocalCluster(store=where) if is_url else LocalCluster(directory=where) as cluster:
         return cluster.attach(job, timeout_s)

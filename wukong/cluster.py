@@ -20,6 +20,7 @@ from wukong.cluster_base import Cluster, executor_policy
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_threads import ThreadPool
 from wukong.storage import BLOBS_PRELOAD, open_store, resolve_blobs, resolve_store
+from wukong.storage.contract import CallingStore
 from wukong.storage.local_files import (
     POOLS,
     default_directory,
@@ -108,6 +109,8 @@ class LocalCluster(Cluster):
             )
         else:
             pool = ThreadPool(opened, n_workers, policy)
+        if isinstance(opened.jobs, CallingStore):
+            opened.jobs.listen(pool.offer)
         super().__init__(opened, pool, n_workers=n_workers, timeout_s=timeout_s)
 
     def _choose_store(

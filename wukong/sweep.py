@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wukong.errors import StoreUnavailable
-from wukong.executor.messages import JobView, Status
+from wukong.executor.messages import Invocation, JobView, Status
 from wukong.executor.pool_launch import wake_pools
 from wukong.storage import open_store
+from wukong.storage.contract import CallingStore
 from wukong.storage.local_files import DATA, POOLS
+
+OFFERED_MAX = 1_000
+"""Tokens of a job that one look offers to pools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,34 @@ class Sweep:
     jobs: tuple[SweptJob, ...]
     n_pools: int | None
     """Pools that were woken; None: no job has anything to run."""
+
+
+def sweep_store(url: str) -> Sweep:
+    """The same for a store on other machines, as `redis://...`: offers what is queued to the pools.
+
+    Args:
+        url: as of `open_store`.
+    Raises:
+        StoreUnavailable: it does not answer.
+        ValueError: there is no such store, or nobody can be reached by it.
+    Cost: three calls a job.
+    """
+    store = open_store(url)
+    jobs = store.jobs
+    if not isinstance(jobs, CallingStore):
+        raise ValueError(f"{url.partition('://')[0]}: give the directory of a LocalCluster")
+    try:
+        found: list[SweptJob] = []
+        queued: list[Invocation] = []
+        for job in jobs.jobs():
+            n_invoked = len(jobs.expired(job))
+            view = jobs.view(job)
+            if view is not None:  # it may have been removed meanwhile
+                found.append(SweptJob(view, n_invoked))
+                queued += jobs.queued(job)[:OFFERED_MAX]
+        return Sweep(tuple(found), jobs.call_pools(queued) if queued else None)
+    finally:
+        jobs.close()
 
 
 def sweep_directory(directory: Path) -> Sweep:

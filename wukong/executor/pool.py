@@ -158,6 +158,12 @@ class ProcessPool:
             self._tokens.push(invocations)
         self._doorbell.ring(max(1, len(invocations)))
 
+    def offer(self, invocations: Sequence[Invocation]) -> None:
+        """Take tokens that somebody else has found; those that wait here already are left out."""
+        if self._tokens is not None and not self._is_closing:
+            self._tokens.push(invocations, is_repeated=True)
+            self._doorbell.ring(max(1, len(invocations)))
+
     def n_idle(self) -> int:
         """How many executors would start at once. Cost: under a microsecond."""
         return self._doorbell.n_idle()

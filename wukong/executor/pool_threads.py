@@ -100,6 +100,12 @@ class ThreadPool:
             self._tokens.push(invocations)
         self.ring(max(1, len(invocations)))
 
+    def offer(self, invocations: Sequence[Invocation]) -> None:
+        """Take tokens that somebody else has found; those that wait here already are left out."""
+        if self._tokens is not None and not self._is_closing:
+            self._tokens.push(invocations, is_repeated=True)
+            self.ring(max(1, len(invocations)))
+
     def ring(self, n_wanted: int) -> None:
         """Wake so many executors, or all that idle when these are fewer."""
         with contextlib.suppress(IndexError):

@@ -27,6 +27,7 @@ from wukong.errors import (
     MissingBlob,
     SecurityError,
     SerializationError,
+    StoreFull,
     StoreUnavailable,
 )
 from wukong.executor import ops
@@ -115,8 +116,7 @@ class Executor:
         on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
-        self._jobs = store.jobs
-        self._queue = store.queue
+        self._jobs, self._queue = store.jobs, store.queue
         self._invoker = invoker
         self._place = Place(holder, lender_of(invoker), lambda: ops.task_now(self._running))
         self._holder = holder
@@ -268,17 +268,16 @@ class Executor:
                 except InvokeError:
                     return Done()  # the tokens stay queued, and the sweeper finds them
             case Delete(blobs, confirm):
+                assert self._store.blobs is not None
                 if confirm:
                     self._jobs.confirm(JobId(blobs[0].partition("/")[0]))
-                assert self._store.blobs is not None
                 self._store.blobs.delete_many(blobs)
                 self._traffic.n_round_trips += 1
             case ReportLost(job, token, attempt, exports):
                 self._jobs.report_lost(job, token, attempt, exports)
                 self._traffic.n_round_trips += 1
             case Forget():
-                self._values = {}
-                self._failed = set()
+                self._values, self._failed = {}, set()
         return Done()
 
     def _wire(self, job: JobId) -> Wire:
@@ -477,10 +476,11 @@ class Executor:
                         request.values[request.tasks.index(task)] = failure
 
     def _put_error(self, action: Action, error: StoreUnavailable) -> bytes | object | None:
-        if not isinstance(action, PutValues):
+        if not isinstance(action, PutValues | SendCommit) or not isinstance(error, StoreFull):
             return None
-        task = next((item.tasks[0] for item in action.items if item.blob is not None), -1)
-        return self._wire_now().put_error(self._wire_now().failure(error, task))
+        items = action.items if isinstance(action, PutValues) else ()
+        named, wire = [item.tasks[0] for item in items if item.blob is not None], self._wire_now()
+        return wire.put_error(wire.failure(error, named[0] if named else -1))
 
     def _packed(self, action: SendCommit) -> object:
         """The trace of a commit; the same again when the commit is repeated."""

@@ -416,7 +416,9 @@ class JobCore:
     def _store_down(self, now: float) -> list[JobAction]:
         if self._failing_since is None:
             self._failing_since = now
-        if now - self._failing_since >= self._policy.give_up_s:
+        deadline_s = self._policy.deadline_s
+        is_late = deadline_s is not None and now - self._begun_at >= deadline_s
+        if is_late or now - self._failing_since >= self._policy.give_up_s:
             self._retry_at = None
             return self._finish(End.STORE_DOWN)
         self._retry_at = now + self._policy.retry_s

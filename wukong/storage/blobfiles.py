@@ -30,7 +30,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from wukong.errors import MissingBlob, SecurityError, StoreUnavailable
+from wukong.errors import MissingBlob, SecurityError, StoreFull, StoreUnavailable
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -145,7 +145,7 @@ class BlobFiles:
             self._write(on_disk, blob_id, parts)
         except OSError as error:
             self._usage.add(0, -size_bytes)
-            raise StoreUnavailable(
+            raise StoreFull(
                 f"no room for blob {blob_id} of {size_bytes} bytes: "
                 f"{full}{self._spill}: {error.strerror}"
             ) from error

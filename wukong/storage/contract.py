@@ -9,7 +9,7 @@ Any operation may raise `StoreUnavailable`: it may or may not have taken effect;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from wukong.executor.messages import (
@@ -253,6 +253,19 @@ class QueueStore(JobStore, Protocol):
 
     def n_queued(self) -> int:
         """Tokens that `take` could still find, of all jobs."""
+        ...
+
+
+@runtime_checkable
+class CallingStore(JobStore, Protocol):
+    """A job store by which sweepers reach the pools that work on it, wherever these are."""
+
+    def call_pools(self, invocations: Sequence[Invocation]) -> int:
+        """Offer tokens to all pools that listen. Returns: how many there are."""
+        ...
+
+    def listen(self, on_tokens: Callable[[Sequence[Invocation]], None]) -> None:
+        """Have a thread pass on what is offered, until this store object is closed."""
         ...
 
 

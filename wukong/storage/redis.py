@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,10 +49,10 @@ from wukong.executor.messages import (
     StrandId,
     TokenId,
 )
-from wukong.storage.contract import JobStore
-from wukong.storage.redis_blobs import renew_blobs
+from wukong.storage.contract import CallingStore
+from wukong.storage.redis_blobs import index_key, listing_key, renew_blobs
 from wukong.storage.redis_link import Command, Link, pack
-from wukong.storage.redis_watch import Watchers
+from wukong.storage.redis_watch import Watchers, listen
 from wukong.storage.redis_wire import APPLIED, RedisWire, ids, invocations, or_false
 from wukong.storage.rows import MANIFEST
 
@@ -90,7 +91,7 @@ class Script:
         return begun
 
 
-class RedisJobStore(JobStore):
+class RedisJobStore(CallingStore):
     """Jobs in Redis. Thread-safe; open it after forking, not before."""
 
     def __init__(
@@ -114,7 +115,9 @@ class RedisJobStore(JobStore):
         self._oversight = Script("oversight")
         self._extension = Script("extension")
         self._watchers = Watchers(link)
-        self._listing = f"{link.url.prefix}jobs".encode()
+        self._listing = listing_key(link)
+        self._pools_channel = f"{link.url.prefix}pools".encode()
+        self._is_closed = threading.Event()
 
     # -------------------------------------------------------------- executors
 
@@ -289,7 +292,22 @@ class RedisJobStore(JobStore):
     def jobs(self) -> tuple[JobId, ...]:
         return tuple(self._listed())
 
+    # -------------------------------------------------------------- pools
+
+    def call_pools(self, invocations: Sequence[Invocation]) -> int:
+        channel = self._pools_channel
+        message = self._wire.pack(tuple(invocations))
+        found: int = self._run([Command(channel, pack(b"PUBLISH", channel, message))])[0]
+        return found
+
+    def listen(self, on_tokens: Callable[[Sequence[Invocation]], None]) -> None:
+        def on_message(message: bytes) -> None:
+            on_tokens(self._wire.offered(message))
+
+        listen(self.link, self._pools_channel, on_message, self._is_closed)
+
     def close(self) -> None:
+        self._is_closed.set()
         self._watchers.close()
         self.link.close()
 
@@ -345,13 +363,17 @@ class RedisJobStore(JobStore):
         keys = [self._key(JobId(name.decode()), "j") for name in names]
         found = self._run([Command(key, pack(b"EXISTS", key)) for key in keys])
         before = time.time() - BEING_MADE_S
-        gone = [
+        old = [
             name
             for name, made_at, is_there in zip(names, times, found, strict=True)
             if not is_there and float(made_at) < before
         ]
-        if gone:
-            self._run([Command(self._listing, pack(b"ZREM", self._listing, *gone))])
+        if old:  # they may still have blobs, which are counted by this list
+            keys = [index_key(self.link, JobId(name.decode())) for name in old]
+            kept = self._run([Command(key, pack(b"EXISTS", key)) for key in keys])
+            gone = [name for name, is_kept in zip(old, kept, strict=True) if not is_kept]
+            if gone:
+                self._run([Command(self._listing, pack(b"ZREM", self._listing, *gone))])
         there = [name for name, is_there in zip(names, found, strict=True) if is_there]
         return sorted(JobId(name.decode()) for name in there)
 

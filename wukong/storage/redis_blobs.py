@@ -11,6 +11,7 @@ blob lie together. Blobs vanish with the job's lease, which is renewed for all t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -22,6 +23,7 @@ from wukong.storage.redis_link import Command, Link, pack
 
 AT_ONCE = 1000
 """Commands that are sent before replies are read."""
+JOBS_KEPT = 64
 BYTES_AT_ONCE = 64 << 20
 """Bytes of blobs that are sent, or asked for, before replies are read."""
 
@@ -36,6 +38,8 @@ class RedisBlobs(BlobStore):
     def __init__(self, link: Link) -> None:
         self._link = link
         self._lease_ms = b"%d" % (link.url.lease_s * 1000)
+        self._listed: dict[JobId, None] = {}
+        """Jobs that this object has put into the list of all jobs."""
 
     def put_many(self, items: Sequence[tuple[BlobId, Sequence[memoryview]]]) -> None:
         joined = [(blob, b"".join(parts)) for blob, parts in items]
@@ -67,7 +71,8 @@ class RedisBlobs(BlobStore):
                     reply = self._get_chunks(key)
                 if reply is None:
                     raise MissingBlob(f"blob {blob} is gone")
-                found.append(memoryview(reply))
+                # A copy that can be written to: tasks expect to own arrays.
+                found.append(memoryview(bytearray(reply)))
         return found
 
     def delete_many(self, ids: Sequence[BlobId]) -> None:
@@ -85,7 +90,7 @@ class RedisBlobs(BlobStore):
         self._run([Command(k, pack(b"UNLINK", k)) for k in (*keys, key)])
 
     def used_bytes(self) -> int:
-        listing = f"{self._link.url.prefix}jobs".encode()
+        listing = listing_key(self._link)
         jobs = self._link.run_checked([Command(listing, pack(b"ZRANGE", listing, b"0", b"-1"))])[0]
         keys = [index_key(self._link, JobId(job.decode())) for job in jobs]
         sizes = self._link.run_checked([Command(key, pack(b"HVALS", key)) for key in keys])
@@ -106,6 +111,12 @@ class RedisBlobs(BlobStore):
             fields = [text.encode() for blob, size in found for text in (blob, str(size))]
             yield Command(key, pack(b"HSET", key, *fields))
             yield Command(key, pack(b"PEXPIRE", key, self._lease_ms))
+            if job not in self._listed:
+                while len(self._listed) >= JOBS_KEPT:
+                    self._listed.pop(next(iter(self._listed)), None)
+                self._listed[job] = None
+                all_jobs, now = listing_key(self._link), b"%.3f" % time.time()
+                yield Command(all_jobs, pack(b"ZADD", all_jobs, b"NX", now, job.encode()))
 
     def _putting(self, blob: BlobId, content: bytes) -> list[Command]:
         key, chunk_bytes = self._key(blob), self._link.url.chunk_bytes
@@ -142,6 +153,11 @@ class RedisBlobs(BlobStore):
 def job_of(blob: BlobId) -> JobId:
     """The job whose blob it is."""
     return JobId(blob.partition("/")[0])
+
+
+def listing_key(link: Link) -> bytes:
+    """Where all jobs are listed, by the time of their creation."""
+    return f"{link.url.prefix}jobs".encode()
 
 
 def index_key(link: Link, job: JobId) -> bytes:

@@ -31,6 +31,8 @@ TIMEOUT_S = 5.0
 """A reply that takes longer will not come: scripts run for milliseconds."""
 AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "READONLY", "MISCONF")
 """Errors that pass by themselves: restarts, failovers, resharding."""
+AWAY_ERRORS = ("ClusterDownError", "MasterDownError", "ReadOnlyError", "TryAgainError")
+"""The same as redis-py has them, which then takes the word away."""
 
 
 class Command(NamedTuple):
@@ -65,7 +67,7 @@ class RedisUrl:
     chunk_bytes: int
     """A longer blob is stored in pieces of this size."""
     n_replicas: int
-    """Replicas that must have a change before it counts as durable."""
+    """Replicas that must have a change before it counts as durable; all, where there are fewer."""
     is_on_disk: bool
     """A change must be on the server's disk before it counts as durable (Redis 7.2, Valkey)."""
     timeout_s: float
@@ -164,7 +166,16 @@ def pack(*arguments: bytes) -> bytes:
     return b"".join(parts)
 
 
+def _asking(is_asked: bool, packed: bytes) -> list[bytes]:
+    """A command for a node that is just getting the slot."""
+    return [pack(b"ASKING"), packed] if is_asked else [packed]
+
+
 # ------------------------------------------------------------------ connections
+
+
+class _TooSlow(StoreUnavailable):
+    """No reply in time: the server is there, so that nothing is gained by asking again at once."""
 
 
 class Line:
@@ -235,14 +246,16 @@ class Line:
         text = f"{host}:{port}: {error}" if port else f"{host}: {error}"
         if isinstance(error, self._errors.AuthenticationError | self._errors.NoPermissionError):
             return StoreError(f"{text} (docs/redis.md has the ACL line)")
-        if "OOM command not allowed" in text:
+        if "command not allowed when used memory" in text:
             return StoreFull(
-                f"{text.partition(' script:')[0]}: Redis has no memory left for this; raise "
-                "maxmemory, or put large values elsewhere (tiered stores)"
+                f"{text.partition(' script:')[0].rstrip('.')} (OOM): Redis has no memory left for "
+                "this; raise maxmemory, or put large values elsewhere (LocalCluster's `blobs`)"
             )
+        if isinstance(error, self._errors.TimeoutError):
+            return _TooSlow(text)
         if not isinstance(error, self._errors.ResponseError):
-            return StoreUnavailable(text)  # away, reset, too slow, loading
-        if any(word in text for word in AWAY):
+            return StoreUnavailable(text)  # away, reset, loading
+        if type(error).__name__ in AWAY_ERRORS or any(word in text for word in AWAY):
             return StoreUnavailable(text)
         return InternalError(text)
 
@@ -272,11 +285,7 @@ class Link:
         left = list(range(len(commands)))
         asked: dict[int, Address] = {}
         for _ in range(N_ROUNDS):
-            try:
-                self._run_round(commands, left, asked, replies)
-            except StoreUnavailable:
-                self._slots = []  # a failover may be under way
-                raise
+            self._run_round(commands, left, asked, replies)
             left = [i for i in left if isinstance(replies[i], self._errors.AskError)]
             if not left:
                 return replies
@@ -298,10 +307,10 @@ class Link:
 
     def translate(self, error: Exception, key: bytes) -> Exception:
         """One of Wukong's errors for an error reply."""
-        if "READONLY" in str(error):
+        if type(error).__name__ == "ReadOnlyError" or "READONLY" in str(error):
             # The server has become a replica: whoever is asked next may be the new master.
             self._drop(self.address_of(key))
-            self._slots = []
+            return StoreUnavailable(f"{self.url}: {error}")
         return self._line(self.address_of(key)).translate(error)
 
     def address_of(self, key: bytes) -> Address:
@@ -323,23 +332,33 @@ class Link:
         line = self._line(self.address_of(key))
         if not line.n_exchanges:
             raise StoreUnavailable(f"{self.url}: reconnected, so that nothing is known to be kept")
-        limit = b"%d" % (self.url.timeout_s * 500)
-        wanted = b"%d" % self.url.n_replicas
-        command = pack(b"WAIT", wanted, limit)
-        if self.url.is_on_disk:
-            command = pack(b"WAITAOF", b"1", wanted, limit)
+        role = self._exchange(line.address, [pack(b"ROLE")], may_reconnect=False)[0]
+        if isinstance(role, Exception) or role[0] != b"master":
+            raise StoreUnavailable(f"{self.url}: no master any more: {role}")
+        # After a failover there are fewer replicas; all that there are will do.
+        wanted = min(self.url.n_replicas, len(role[2]))
+        fields = (b"%d" % wanted, b"%d" % (self.url.timeout_s * 500))
+        command = pack(b"WAITAOF", b"1", *fields) if self.url.is_on_disk else pack(b"WAIT", *fields)
         reply = self._exchange(line.address, [command], may_reconnect=False)[0]
         if isinstance(reply, Exception):
             raise line.translate(reply)
-        found = reply if isinstance(reply, list) else [1, reply]
-        if found[0] < 1 or found[1] < self.url.n_replicas:
-            raise StoreUnavailable(f"{self.url}: not yet on {wanted.decode()} replicas or on disk")
+        n_on_disk, n_replicas = reply if isinstance(reply, list) else (1, reply)
+        if n_on_disk < 1 or n_replicas < wanted:
+            raise StoreUnavailable(f"{self.url}: not yet on {wanted} replicas, or not on disk")
 
     def open_line(self, address: Address) -> Line:
         """A connection for the caller alone, who closes it."""
         if self._is_closed:
             raise StoreUnavailable(f"{self.url}: this store object has been closed")
-        return Line(self.url, address)
+        try:
+            return Line(self.url, address)
+        except StoreUnavailable:
+            self.forget_nodes()
+            raise
+
+    def forget_nodes(self) -> None:
+        """A node fails, so that another one may have its slots soon: ask again."""
+        self._slots = []
 
     def close(self) -> None:
         """Close all connections, of all threads."""
@@ -360,15 +379,47 @@ class Link:
         for i in indexes:
             address = asked[i] if i in asked else self.address_of(commands[i].key)
             by_node.setdefault(address, []).append(i)
-        for address, own in by_node.items():
-            packed = []
-            for i in own:
-                packed += [pack(b"ASKING")] * (i in asked) + [commands[i].packed]
-            found = iter(self._exchange(address, packed))
+        batches = [
+            (address, [p for i in own for p in _asking(i in asked, commands[i].packed)])
+            for address, own in by_node.items()
+        ]
+        for own, batch in zip(by_node.values(), self._exchange_all(batches), strict=True):
+            found = iter(batch)
             for i in own:
                 if i in asked:
                     next(found)
                 replies[i] = next(found)
+
+    def _exchange_all(self, batches: list[tuple[Address, list[bytes]]]) -> list[list[Any]]:
+        """Send to several nodes, and then read from all of them."""
+        if len(batches) == 1:
+            return [self._exchange(*batches[0])]
+        sent: dict[Address, Line] = {}
+        found = []
+        try:
+            for address, packed in batches:
+                sent[address] = self._line(address)
+                with contextlib.suppress(StoreUnavailable):  # then reading fails, too
+                    sent[address].send(packed)
+            for address, packed in batches:
+                line = sent[address]
+                try:
+                    replies = [line.receive() for _ in packed]
+                    line.n_exchanges += 1
+                except _TooSlow:
+                    raise
+                except StoreUnavailable:
+                    self._drop(address)
+                    if not line.n_exchanges:
+                        raise
+                    replies = self._exchange(address, packed)
+                del sent[address]
+                found.append(replies)
+        except BaseException:
+            for address in sent:  # replies that are under way are for nobody
+                self._drop(address)
+            raise
+        return found
 
     def _exchange(
         self, address: Address, packed: list[bytes], may_reconnect: bool = True
@@ -377,9 +428,11 @@ class Link:
         try:
             line.send(packed)
             replies = [line.receive() for _ in packed]
-        except StoreUnavailable:
+        except StoreUnavailable as error:
             self._drop(address)
             if not line.n_exchanges or not may_reconnect or self._is_closed:
+                raise
+            if isinstance(error, _TooSlow):
                 raise
             # Closed while it idled, perhaps by a restart: everything may be sent twice.
             line = self._line(address)
@@ -396,12 +449,10 @@ class Link:
         return replies
 
     def _line(self, address: Address) -> Line:
-        if self._is_closed:
-            raise StoreUnavailable(f"{self.url}: this store object has been closed")
         lines: dict[Address, Line] = self._local.__dict__.setdefault("lines", {})
         line = lines.get(address)
         if line is None:
-            line = lines[address] = Line(self.url, address)
+            line = lines[address] = self.open_line(address)
             self._lines.add(line)
         return line
 
@@ -409,6 +460,7 @@ class Link:
         line = self._local.__dict__.setdefault("lines", {}).pop(address, None)
         if line is not None:
             line.close()
+        self.forget_nodes()
 
     def _find_slots(self) -> list[Address]:
         """Ask any node which node has which slot."""

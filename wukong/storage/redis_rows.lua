@@ -22,7 +22,7 @@
 --   PREFIX{JOB}:q   zset     queued tokens, by the time when they are to be invoked again
 --
 -- Beside them `redis.py` and `redis_blobs.py` keep PREFIXjobs, PREFIX{JOB}:b and PREFIXb:BLOB, and
--- watchers listen to the channels PREFIX{JOB}:end and PREFIX{JOB}:all.
+-- watchers listen to the channels PREFIX{JOB}:end and PREFIX{JOB}:all, and pools to PREFIXpools.
 --
 -- Every key holds the member "" as long as the job may use it, so that no key vanishes and loses
 -- its time to live. Rows are MessagePack maps. What is opaque is not looked into here, but for entries

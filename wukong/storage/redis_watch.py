@@ -16,6 +16,9 @@ from wukong.errors import StoreUnavailable
 from wukong.executor.messages import JobId, JobView, Status
 from wukong.storage.redis_link import Line, Link, pack
 
+RECONNECT_S = 0.5
+LOOK_S = 0.5
+"""A listener looks this often whether its store object is closed; it hears messages at once."""
 EARS_KEPT = 4
 """Connections that stay subscribed while nobody waits."""
 
@@ -82,6 +85,7 @@ class Watchers:
             with self._lock:
                 self._lent.discard(ear)
             ear.close()
+            self._link.forget_nodes()
             raise
         self._give_back(ear)
 
@@ -125,6 +129,31 @@ class Watchers:
             surplus.close()
 
 
+def listen(
+    link: Link,
+    channel: bytes,
+    on_message: Callable[[bytes], None],
+    is_over: threading.Event,
+) -> None:
+    """Pass on what is said in a channel, in a thread of its own, until `is_over`."""
+
+    def hear() -> None:
+        while not is_over.is_set():
+            try:
+                ear = _Ear(link.open_line(link.address_of(channel)))
+                try:
+                    ear.subscribe([channel])
+                    while not is_over.is_set():
+                        if ear.line.is_readable(LOOK_S):
+                            on_message(ear.receive())
+                finally:
+                    ear.close()
+            except StoreUnavailable:
+                is_over.wait(RECONNECT_S)
+
+    threading.Thread(target=hear, name="wukong-listener", daemon=True).start()
+
+
 class _Ear:
     """A connection that is subscribed to the channels of one job."""
 
@@ -156,6 +185,11 @@ class _Ear:
         timeout_s = deadline - time.monotonic()
         if timeout_s > 0:
             self.line.is_readable(timeout_s)
+
+    def receive(self) -> bytes:
+        """What is said next."""
+        content = self._receive()[2]
+        return content if isinstance(content, bytes) else b""
 
     def close(self) -> None:
         """Close the connection; a thread that waits on it is woken."""

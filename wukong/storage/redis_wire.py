@@ -251,6 +251,14 @@ class RedisWire:
             tuple([BlobId(blob.decode()) for blob in garbage]),
         )
 
+    def offered(self, message: bytes) -> tuple[Invocation, ...]:
+        """Tokens that a sweeper offers."""
+        try:
+            found = self._unpackb(message, use_list=False, raw=False)
+            return tuple([Invocation(JobId(j), TokenId(t), int(p)) for j, t, p in found])
+        except self._errors as error:
+            raise CorruptBlob(f"a message for pools is damaged: {error}") from error
+
     def running(self, reply: Sequence[Any]) -> tuple[RunningToken, ...]:
         """The reply of `running`."""
         found = []
