@@ -51,7 +51,9 @@ class World:
         rate = fields.pop("requests_per_s", float("inf"))
         function = self.function(concurrency, **fields)
         service = LocalLambda([function], self.tmp_path / "service", requests_per_s=rate)
-        return self.stack.enter_context(service)
+        # An executor that is about to invoke another one would wait for a service that ends.
+        self.stack.callback(service.close, 1.0)
+        return service
 
     def cluster(self, url: str, **options: Any) -> LambdaCluster:
         """A cluster on a service."""

@@ -19,6 +19,7 @@ from wukong.cluster_lambda import check_versions
 from wukong.errors import InvokeError, TaskError, VersionMismatch
 from wukong.executor.aws_lambda import versions
 from wukong.executor.aws_lambda_invoker import connect
+from wukong.executor.aws_lambda_pace import FANOUT
 
 needs("aiobotocore", "aiohttp", "awslambdaric", "boto3")
 
@@ -78,6 +79,20 @@ def test_a_wide_graph_goes_out_in_few_payloads_and_each_task_runs_once(
     assert counters.requests == 2
     assert wide.report().commits == 301
     assert cluster.n_workers == 2
+
+
+@pytest.mark.slow
+def test_more_groups_than_one_sender_sends_are_forwarded(world: World, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    service = world.service(concurrency=2)
+    with dask.config.set({"wukong.executor.strands": False}):
+        cluster = world.cluster(service.url, n_workers=48)
+    leaves = [nap(i, 0.0, str(mark)) for i in range(48)]
+    assert total(leaves).compute(scheduler=cluster.get) == sum(range(48))
+    assert marks(mark) == 48
+    assert cluster._pool.counters.requests == FANOUT
+    # The description; 48 payloads, 16 of them by executors.
+    assert service.counters.requests == 1 + 48
 
 
 @pytest.mark.slow

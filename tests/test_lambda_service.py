@@ -319,3 +319,26 @@ def test_events_outlive_a_killed_service_and_processes_do_not(tmp_path: Path, co
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path, code: Path) -> None:
+    mark = tmp_path / "mark"
+    run = "import sys; from wukong.cli import main; sys.argv[0] = 'wukong'; main()"
+    command = [sys.executable, "-u", "-c", run, "lambda-local", "--port", "0"]
+    command += ["--name", "f", "--package", str(code), "--handler", "told.handler"]
+    command += ["--directory", str(tmp_path / "service"), "--concurrency", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        client = connect(process.stdout.readline().split()[-1])
+        first, _ = invoke(client, {})
+        for _ in range(3):
+            invoke(client, {"sleep": 0.5, "mark": str(mark)}, InvocationType="Event")
+        wait_until(mark.exists)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert "4 requests, 0 throttled" in rest
+    assert not Path(f"/proc/{first['pid']}").exists()
+    # The one that ran has ended; the last one is kept for the next service.
+    assert len(mark.read_text()) == 1

@@ -157,6 +157,7 @@ class LambdaService:
             [
                 web.post(f"/2015-03-31{_FUNCTION}/invocations", self._serve_invoke),
                 web.get(f"/2015-03-31{_FUNCTION}/configuration", self._serve_configuration),
+                web.get(f"/2024-08-31{_FUNCTION}/recursion-config", self._serve_recursion),
                 web.get("/2016-08-19/account-settings", self._serve_account),
                 web.get("/2016-08-19/account-settings/", self._serve_account),
             ]
@@ -280,6 +281,13 @@ class LambdaService:
             body = {"Type": "User", "Message": error.message}
             headers = {"x-amzn-ErrorType": error.code}
             return web.json_response(body, status=error.status, headers=headers)
+
+    async def _serve_recursion(self, http: web.Request) -> web.StreamResponse:
+        from aiohttp import web
+
+        function = self._functions.get(http.match_info["name"])
+        allows = function is not None and function.scaling.allows_loops
+        return web.json_response({"RecursiveLoop": "Allow" if allows else "Terminate"})
 
     async def _serve_account(self, http: web.Request) -> web.StreamResponse:
         from aiohttp import web
