@@ -36,6 +36,9 @@ def nap(value: int, seconds: float, mark: str | None = None) -> int:
 
 total = dask.delayed(sum)
 
+# Each task is a strand, and on a machine that is busy nothing is swept that is only late.
+APART = {"wukong.executor.strands": False, "wukong.job.silence-s": 120.0}
+
 
 @pytest.mark.slow
 def test_collections_give_what_dask_gives_and_the_report_says_what_it_cost(world: World) -> None:
@@ -67,9 +70,8 @@ def test_a_wide_graph_goes_out_in_few_payloads_and_each_task_runs_once(
     world: World, tmp_path: Path
 ) -> None:
     service = world.service(concurrency=2)
-    cluster = world.cluster(service.url, n_workers=2)
     mark = tmp_path / "mark"
-    with dask.config.set({"wukong.executor.strands": False}):
+    with dask.config.set(APART):
         wide = world.cluster(service.url, n_workers=2)
     leaves = [nap(i, 0.0, str(mark)) for i in range(300)]
     assert total(leaves).compute(scheduler=wide.get) == sum(range(300))
@@ -78,14 +80,13 @@ def test_a_wide_graph_goes_out_in_few_payloads_and_each_task_runs_once(
     assert counters.tokens == 300
     assert counters.requests == 2
     assert wide.report().commits == 301
-    assert cluster.n_workers == 2
 
 
 @pytest.mark.slow
 def test_more_groups_than_one_sender_sends_are_forwarded(world: World, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     service = world.service(concurrency=2)
-    with dask.config.set({"wukong.executor.strands": False}):
+    with dask.config.set(APART):
         cluster = world.cluster(service.url, n_workers=48)
     leaves = [nap(i, 0.0, str(mark)) for i in range(48)]
     assert total(leaves).compute(scheduler=cluster.get) == sum(range(48))
