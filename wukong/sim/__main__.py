@@ -8,6 +8,7 @@ import time
 
 from wukong.sim import Violation
 from wukong.sim.seeds import run_seed
+from wukong.sim.seeds_open import run_open_seed
 
 
 def write_line(line: str) -> None:
@@ -21,12 +22,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=1, help="how many seeds")
     parser.add_argument("--trace", action="store_true", help="print every action and event")
+    parser.add_argument("--open", action="store_true", help="open jobs, extended and released")
     given = parser.parse_args()
+    run = run_open_seed if given.open else run_seed
     failed = 0
     begun = time.perf_counter()
     for seed in range(given.seed, given.seed + given.count):
         try:
-            report = run_seed(seed, write_line if given.trace else None)
+            report = run(seed, write_line if given.trace else None)
         except Violation as violation:
             failed += 1
             write_line(f"seed {seed}: {violation}")

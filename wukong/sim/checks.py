@@ -129,6 +129,10 @@ class Checker:
         self._chosen.clear()
         self.check_rows(tables)
 
+    def restarted(self, tables: Tables) -> None:
+        """An open job has begun a new generation."""
+        raise Violation("the job is not open")
+
     def deleted(self, blob: BlobId, tables: Tables) -> None:
         """A blob is about to be deleted."""
         for export, row in tables["e"].items():

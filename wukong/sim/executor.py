@@ -475,11 +475,13 @@ class SimExecutor:
         edges = self._memory.edges(part.tasks[n_done:])
         return Ran(n_done, self._memory.sizes(part, edges.inputs), edges)
 
-    def _overdue(self, part: Part, n_done: int, rest: tuple[int, ...], n_idle: int) -> None:
+    def _overdue(
+        self, part: Part, n_done: int, rest: tuple[int, ...], n_idle: int, running_s: float
+    ) -> None:
         """What has not begun was taken from the run."""
         edges = self._memory.edges(rest)
         sizes = self._memory.sizes(part, edges.inputs)
-        self._hand(Overdue(n_done, sizes, edges, n_idle))
+        self._hand(Overdue(n_done, sizes, edges, n_idle, running_s))
         self._go()
 
     def _compute(self, tasks: tuple[int, ...]) -> None:

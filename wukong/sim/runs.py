@@ -54,7 +54,7 @@ class Runner:
         n_idle: Callable[[], int],
         compute: Callable[[tuple[int, ...]], None],
         on_end: Callable[[Part, int], None],
-        on_overdue: Callable[[Part, int, tuple[int, ...], int], None],
+        on_overdue: Callable[[Part, int, tuple[int, ...], int, float], None],
         die: Callable[[str], None],
     ) -> None:
         self._world = world
@@ -145,20 +145,24 @@ class Runner:
 
     def _look_later(self, running: _Running) -> None:
         setting = self._world.setting
-        if setting.policy.split and running.limit > 1:
+        if (setting.policy.split or setting.is_open) and running.limit > 1:
             self._world.after(setting.split_after_s, self._deliver, self._look, running)
 
     def _look(self, running: _Running) -> None:
         """Take what has not begun, if executors are idle."""
         n_done = bisect_right(running.ends_at, self._world.now)
-        if running is not self._running or running.taken or n_done + 1 >= running.limit:
+        if running is not self._running or running.taken or n_done >= running.limit:
+            return
+        is_open = self._world.setting.is_open
+        if n_done + 1 == running.limit and not (is_open and n_done):
             return
         n_idle = self._n_idle()
-        if n_idle < 1:
+        if n_idle < 1 and not is_open:
             self._look_later(running)
             return
         self._make(running, n_done)
         running.taken, running.limit = running.limit, n_done + 1
         self._arm(running, n_done)
         rest = running.part.tasks[n_done : running.taken]
-        self._on_overdue(running.part, n_done, rest, n_idle)
+        begun_at = running.ends_at[n_done] - self._costs.durations_s[rest[0]]
+        self._on_overdue(running.part, n_done, rest, n_idle, self._world.now - begun_at)

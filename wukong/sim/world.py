@@ -38,6 +38,8 @@ class Setting:
     split_after_s: float = 0.1
     """A run is looked at this often while executors idle."""
     fail_fast: bool = False
+    is_open: bool = False
+    """The job is open: `parts` is a list, to which its client adds."""
     is_measured: bool = True
     """Values are encoded and have sizes; not in `memory://`."""
     scheme: Scheme = OURS

@@ -154,8 +154,7 @@ def drop(rows: Rows, strands: Iterable[tuple[StrandId, tuple[ExportId, ...]]]) -
             doomed += _give_back(rows, job, waiting)
     for export in doomed:
         row = rows.get(EXPORTS, export)
-        if row is not None:
-            job.n_requested -= row.requested and row.n_left > 0
+        if row is not None and not row.requested:
             discard(rows, job, export, row)
     for strand in unwritten:
         rows.delete(PROGRAMS, strand)

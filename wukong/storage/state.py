@@ -203,6 +203,8 @@ def _apply(rows: Rows, job: JobRow, request: Commit, token: TokenRow, now: float
     for export in request.consumed:
         count_consumers(rows, job, export, -1)
     for strand in request.absorbed:
+        if job.is_open:
+            _forget_unwritten(rows, strand)
         rows.delete(WAITING, strand)
     ready: list[tuple[StrandId, WaitingRow, int]] = []
     for feed, export in arrivals:
@@ -410,6 +412,15 @@ def _note(rows: Rows, job: JobRow, request: Commit, wanted: list[Output]) -> Non
     rows.put(NOTES, f"{job.n_commits:09d}.{request.attempt}", NoteRow(recorded, request.trace))
     if wanted:
         job.news_version = job.version
+
+
+def _forget_unwritten(rows: Rows, strand: StrandId) -> None:
+    """What an absorbed strand has read in its executor's memory will never be recorded."""
+    waiting = rows.get(WAITING, strand)
+    for export in () if waiting is None else waiting.inputs:
+        row = rows.get(EXPORTS, export)
+        if row is not None and not row.entries:
+            rows.delete(EXPORTS, export)
 
 
 def _count_programs(rows: Rows, request: Commit, token: TokenRow) -> None:
