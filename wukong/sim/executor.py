@@ -476,12 +476,11 @@ class SimExecutor:
         return Ran(n_done, self._memory.sizes(part, edges.inputs), edges)
 
     def _overdue(
-        self, part: Part, n_done: int, rest: tuple[int, ...], n_idle: int, running_s: float
+        self, part: Part, n_done: int, rest: tuple[int, ...], n: int, ran_s: float
     ) -> None:
-        """What has not begun was taken from the run."""
+        """What has not begun was taken from the run, while n executors idle."""
         edges = self._memory.edges(rest)
-        sizes = self._memory.sizes(part, edges.inputs)
-        self._hand(Overdue(n_done, sizes, edges, n_idle, running_s))
+        self._hand(Overdue(n_done, self._memory.sizes(part, edges.inputs), edges, n, ran_s))
         self._go()
 
     def _compute(self, tasks: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from wukong.sim.checks_open import OpenChecker
 from wukong.sim.invokers import open_invoker
 from wukong.sim.seeds import draw_setting
 from wukong.sim.session import SimSession
-from wukong.sim.store import SimStore
+from wukong.sim.store_open import OpenSimStore
 from wukong.sim.world import Setting, World
 
 
@@ -58,7 +58,7 @@ def _run(
     assert isinstance(setting.parts, list)
     checker = OpenChecker(setting.parts, setting.costs.raising | setting.costs.deadly)
     world = World(setting, seed, checker, trace)
-    store = SimStore(world)
+    store = OpenSimStore(world)
     session = SimSession(world, store, open_invoker(world, store), checker, pieces)
     session.start()
     serial_s = sum(setting.costs.durations_s)

@@ -33,7 +33,7 @@ from wukong.scheduler.recovery import plan_restart
 from wukong.sim.checks import Value, Violation
 from wukong.sim.checks_open import OpenChecker
 from wukong.sim.invokers import SimInvoker
-from wukong.sim.store import SimStore
+from wukong.sim.store_open import OpenSimStore
 from wukong.sim.world import JOB, World
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class SimSession:
     def __init__(
         self,
         world: World,
-        store: SimStore,
+        store: OpenSimStore,
         invoker: SimInvoker,
         checker: OpenChecker,
         pieces: list[tuple[int, int]],

@@ -20,24 +20,21 @@ from wukong.executor.messages import (
     Commit,
     Create,
     ExportId,
-    Extend,
     Grant,
     HolderId,
     Invocation,
     JobView,
     Located,
-    News,
     Reason,
     Receipt,
     Refused,
     Relaunch,
     Status,
-    StrandId,
     TokenId,
 )
 from wukong.sim.checks import Value, Violation
 from wukong.sim.world import JOB, World
-from wukong.storage import extension, oversight, state
+from wukong.storage import oversight, state
 from wukong.storage import rows as job_rows
 from wukong.storage.rows import Table
 
@@ -328,45 +325,6 @@ class SimStore:
                 self.world.checker.relaunched(request, self.rows.tables)
         self._changed()
         return invocations
-
-    # -------------------------------------------------------------- open jobs
-
-    def extend(self, request: Extend) -> tuple[Invocation, ...] | Refused:
-        """See `JobStore.extend`."""
-        before = self._generation()
-        reply = extension.extend(self.rows, request, self.world.now)
-        checker = self.world.checker
-        if checker is not None:
-            if self._generation() != before:
-                checker.restarted(self.rows.tables)
-            checker.check_rows(self.rows.tables)
-        self._changed()
-        return reply
-
-    def unpin(self, exports: Sequence[ExportId]) -> None:
-        """See `JobStore.unpin`."""
-        extension.unpin(self.rows, exports)
-        self._check()
-
-    def drop(self, strands: Sequence[tuple[StrandId, tuple[ExportId, ...]]]) -> None:
-        """See `JobStore.drop`."""
-        extension.drop(self.rows, strands)
-        self._check()
-
-    def _check(self) -> None:
-        if self.world.checker is not None:
-            self.world.checker.check_rows(self.rows.tables)
-        self._changed()
-
-    def news(self, acknowledged: Sequence[str], collected: Sequence[BlobId]) -> News:
-        """See `JobStore.news`."""
-        reply = extension.news(self.rows, acknowledged, collected)
-        self._changed()
-        return reply
-
-    def located(self, exports: Sequence[ExportId]) -> tuple[Located, ...]:
-        """See `JobStore.located`."""
-        return extension.located(self.rows, exports)
 
     # -------------------------------------------------------------- looking, and the end
 
