@@ -475,12 +475,10 @@ class SimExecutor:
         edges = self._memory.edges(part.tasks[n_done:])
         return Ran(n_done, self._memory.sizes(part, edges.inputs), edges)
 
-    def _overdue(
-        self, part: Part, n_done: int, rest: tuple[int, ...], n: int, ran_s: float
-    ) -> None:
+    def _overdue(self, part: Part, done: int, rest: tuple[int, ...], n: int, ran_s: float) -> None:
         """What has not begun was taken from the run, while n executors idle."""
         edges = self._memory.edges(rest)
-        self._hand(Overdue(n_done, self._memory.sizes(part, edges.inputs), edges, n, ran_s))
+        self._hand(Overdue(done, self._memory.sizes(part, edges.inputs), edges, n, ran_s))
         self._go()
 
     def _compute(self, tasks: tuple[int, ...]) -> None:
