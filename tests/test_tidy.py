@@ -85,15 +85,16 @@ LAYERS: list[tuple[str, ...]] = [
         "wukong.storage.tiered",
     ),
     ("wukong.storage.secret",),
-    ("wukong.storage", "wukong.scheduler.retries"),
+    ("wukong.storage", "wukong.scheduler.retries", "wukong.executor.outputs"),
     ("wukong.executor.core",),
     ("wukong.executor.wire",),
-    ("wukong.executor.recorder", "wukong.rdma.ports"),
+    ("wukong.executor.recorder", "wukong.executor.early", "wukong.rdma.ports"),
     ("wukong.executor.run", "wukong.rdma.verbs"),
+    ("wukong.executor.lanes",),
     (
         "wukong.executor.pool*",
         "wukong.executor.aws_lambda*",
-        "wukong.executor.futures",
+        "wukong.executor.futures*",
     ),
     ("wukong.rdma.*",),
     ("wukong.rdma",),
@@ -116,7 +117,7 @@ PURE = {
     "wukong.executor.aws_lambda_pace",
     "wukong.aws.platform",
     "wukong.errors",
-    *(f"wukong.executor.{name}" for name in ["core", "events", "messages", "split", "work"]),
+    *(f"wukong.executor.{n}" for n in ("core", "events", "messages", "outputs", "split", "work")),
     *(
         f"wukong.rdma.{name}"
         for name in [

@@ -95,7 +95,7 @@ class LocalCluster(Cluster):
             preload += BLOBS_PRELOAD
         url, folder = self._choose_store(store, directory, options)
         opened = open_store(url, **options)
-        policy = executor_policy(opened.blobs is not None, opened.may_roll_back)
+        policy = executor_policy(opened.blobs is not None, opened.may_roll_back, opened.is_remote)
         if processes:
             options["secret"] = opened.secret
             pool: ProcessPool | ThreadPool = ProcessPool(

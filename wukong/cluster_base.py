@@ -314,17 +314,21 @@ def _pool_size(pool: Any) -> int | None:
     return workers if isinstance(workers, int) else None
 
 
-def executor_policy(is_measured: bool, confirm: bool = False) -> Policy:
+def executor_policy(is_measured: bool, confirm: bool = False, is_remote: bool = False) -> Policy:
     """The executors' policy from the configuration.
 
     Args:
         is_measured: values have sizes, since they are encoded.
         confirm: the store may lose its last changes, and can be asked for what it keeps.
+        is_remote: jobs or blobs are on another machine.
     """
     return Policy(
         inline_bytes=int(config.get("executor.inline-bytes")),
         blob_bytes=int(config.get("executor.blob-bytes")),
         absorb_bytes=int(config.get("executor.absorb-bytes")) if is_measured else 0,
+        pile_bytes=int(config.get("executor.pile-bytes")),
+        early_bytes=int(config.get("executor.early-bytes")) if is_remote else 0,
+        prefetch_bytes=int(config.get("executor.prefetch-bytes")) if is_remote else 0,
         split=bool(config.get("executor.split")),
         heartbeat_s=float(config.get("executor.heartbeat-s")),
         n_deaths_max=int(config.get("executor.deaths-max")),

@@ -70,7 +70,7 @@ class ExecutorCluster(Cluster):
             options["blobs"] = resolve_blobs(blobs)
         self.store_url = url
         opened = open_store(url, **options)  # type: ignore[arg-type]  # by their names
-        policy = executor_policy(is_measured=opened.blobs is not None)
+        policy = executor_policy(opened.blobs is not None, opened.may_roll_back, opened.is_remote)
         linger_s = float(config.get("executor.linger-s"))
         pool = FuturesPool(made, make, opened, url, options, width, policy, linger_s)
         super().__init__(opened, pool, n_workers=width, timeout_s=timeout_s)

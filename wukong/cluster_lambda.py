@@ -79,7 +79,7 @@ class LambdaCluster(Cluster):
         fields: dict[str, object] = {
             "n_executors": n_workers,
             "silence_s": silence_s,
-            "policy": dataclasses.asdict(executor_policy(is_measured=True)),
+            "policy": dataclasses.asdict(executor_policy(is_measured=True, is_remote=True)),
         }
         pool = LambdaInvoker(
             function,

@@ -28,6 +28,7 @@ from wukong.executor.events import (
     Condemn,
     Delete,
     Done,
+    EarlyPut,
     Edges,
     Event,
     Fetch,
@@ -36,7 +37,9 @@ from wukong.executor.events import (
     Forget,
     Invoke,
     Overdue,
+    Piled,
     Put,
+    PutEarly,
     PutItem,
     PutValues,
     Ran,
@@ -57,24 +60,23 @@ from wukong.executor.messages import (
     Commit,
     Entry,
     ExportId,
-    Feed,
     Grant,
     HolderId,
     JobId,
-    Output,
     Part,
     Reason,
     Receipt,
     Refused,
     TokenId,
 )
+from wukong.executor.outputs import early_items, items_to_put, outputs_of
 from wukong.executor.split import split_rest
 from wukong.executor.work import Phase, Policy, Work, absorbing_feed, choose_pieces, task_limit
 
 _EVENT_OF_PHASE: dict[Phase, tuple[type, ...]] = {
     Phase.STARTING: (Started,),
     Phase.FETCHING: (Fetched, FetchFailed, Broken),
-    Phase.RUNNING: (Ran, Overdue),
+    Phase.RUNNING: (Ran, Overdue, Piled),
     Phase.ABSORBING: (AbsorbAnswered,),
     Phase.PUTTING: (Put, Broken),
     Phase.COMMITTING: (Committed,),
@@ -130,6 +132,8 @@ class ExecutorCore:
             return []
         if isinstance(event, Renewed):
             return self._renewed(event)
+        if isinstance(event, EarlyPut):
+            return self._put_early(event)
         if isinstance(event, StoreFailed):
             return self._store_failed(event, now)
         if not isinstance(event, _EVENT_OF_PHASE.get(self.phase, ())):
@@ -148,6 +152,8 @@ class ExecutorCore:
                 return self._ran(event)
             case Overdue():
                 return self._split_running(event, now)
+            case Piled():
+                return self._piled(event)
             case AbsorbAnswered(Absorbed() as absorbed):
                 return self._absorb(absorbed)
             case AbsorbAnswered(Refused()):
@@ -256,7 +262,11 @@ class ExecutorCore:
     def _ran(self, ran: Ran) -> list[Action]:
         work = self._held()
         if work.doomed:
-            return self._idle(None)
+            # Nobody has heard of what was put already.
+            is_unknown = work.blobs and not work.is_sent
+            put = [Delete(work.blobs, False)] if is_unknown else []
+            return [*put, *self._idle(None)]
+        assert not work.is_putting, "a run ends after what is put while it goes on"
         work.n_tasks += ran.n_done
         work.sizes.update(ran.sizes)
         if ran.error is not None:
@@ -277,61 +287,46 @@ class ExecutorCore:
         work.absorbed.append(work.specs[0].feeds[0].strand)
         work.specs = ()
         work.sizes.clear()
+        work.piled.clear()
+        work.made_bytes = 0
         work.base = absorbed.base
         work.inputs.extend(located.export for located in absorbed.inputs)
         self.phase = Phase.FETCHING
         return [Fetch(work.job, absorbed.base, absorbed.program, absorbed.part, absorbed.inputs)]
 
+    def _piled(self, piled: Piled) -> list[Action]:
+        """Outputs of the run that goes on: when they are many, put them now (rule 11)."""
+        work = self._held()
+        if work.doomed:
+            return []
+        items, drop = early_items(work, self.policy, piled.sizes)
+        return [PutEarly(work.attempt, items, drop)] if items else []
+
+    def _put_early(self, put: EarlyPut) -> list[Action]:
+        work = self._work
+        if work is None or work.attempt != put.attempt:
+            return []
+        work.is_putting, work.has_failed_early = False, put.entries is None
+        for export, entry in put.entries or ():
+            work.early[export, entry.tasks[0]] = entry
+            assert entry.blob is not None
+            work.blobs += (entry.blob,)
+        return []
+
     def _put(self) -> list[Action]:
         """Choose what travels inside the commit; the rest is put before it (rule 1)."""
-        work = self._held()
         self.phase = Phase.PUTTING
-        room = self.policy.inline_bytes
-        items: list[PutItem] = []
-        for spec in work.specs:
-            small, n_small_bytes = spec.tasks, 0
-            if work.sizes:
-                large = [t for t in spec.tasks if work.sizes[t] >= self.policy.blob_bytes]
-                items.extend(PutItem(spec.export, (t,), self._blob(work)) for t in large)
-                small = tuple(t for t in spec.tasks if work.sizes[t] < self.policy.blob_bytes)
-                n_small_bytes = sum(work.sizes[t] for t in small)
-            if small:
-                inline = n_small_bytes <= room
-                room -= n_small_bytes if inline else 0
-                items.append(PutItem(spec.export, small, None if inline else self._blob(work)))
+        items = items_to_put(self._held(), self.policy)
         self._items = tuple(item._replace(blob=None) for item in items)
-        return [PutValues(tuple(items))]
-
-    def _blob(self, work: Work) -> BlobId:
-        """The stem of the next blob's id; the answer to the put has the id."""
-        work.n_blobs += 1
-        return BlobId(f"{work.job}/{work.attempt}/{work.n_blobs - 1}")
+        return [PutValues(items)]
 
     def _commit(self, entries: tuple[tuple[ExportId, Entry], ...]) -> list[Action]:
         work = self._held()
         self._items = ()
-        recorded: dict[ExportId, list[Entry]] = {}
-        for export, entry in entries:
-            recorded.setdefault(export, []).append(entry)
-        outputs = []
-        for spec in work.specs:
-            made = tuple(recorded[spec.export])
-            n_bytes = sum(entry.size_bytes for entry in made)
-            feeds = tuple(Feed(feed.strand, feed.n_inputs, n_bytes) for feed in spec.feeds)
-            outputs.append(
-                Output(
-                    spec.export,
-                    made,
-                    spec.n_values,
-                    spec.n_consumers,
-                    spec.requested,
-                    feeds,
-                )
-            )
         split = work.split
         return self._send(
             work,
-            outputs=tuple(outputs),
+            outputs=outputs_of(work, entries),
             spawns=split.spawns if split else (),
             consumed=split.consumed if split else tuple(work.inputs),
             retained=split.retained if split else (),
@@ -357,6 +352,7 @@ class ExecutorCore:
     def _send(self, work: Work, **fields: object) -> list[Action]:
         self.phase = Phase.COMMITTING
         self._ambiguous = False
+        work.is_sent = True
         commit = Commit(
             job=work.job,
             token=work.token,
@@ -470,7 +466,7 @@ class ExecutorCore:
     def _store_failed(self, failed: StoreFailed, now: float) -> list[Action]:
         """Ask again after a growing wait; abandon the work when that has been in vain for long."""
         match failed.action:
-            case Invoke() | Delete() | Renew() | ReportLost() | Forget():
+            case Invoke() | Delete() | Renew() | ReportLost() | Forget() | PutEarly():
                 return []  # the sweeper, the job's end or the next heartbeat does it
         if self._failing_since is None:
             self._failing_since = now

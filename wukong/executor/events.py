@@ -97,6 +97,23 @@ class Overdue:
 
 
 @dataclass(frozen=True, slots=True)
+class Piled:
+    """Outputs that a run has made, and which is still under way."""
+
+    sizes: Mapping[int, int]
+    """Of those that were made since the last time, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyPut:
+    """What became of the last `PutEarly`."""
+
+    attempt: AttemptId
+    entries: tuple[tuple[ExportId, Entry], ...] | None
+    """None: nothing was put."""
+
+
+@dataclass(frozen=True, slots=True)
 class Put:
     """Encoded and, where blobs, durable: what the last `PutValues` asked for."""
 
@@ -159,6 +176,8 @@ Event = (
     | FetchFailed
     | Ran
     | Overdue
+    | Piled
+    | EarlyPut
     | Put
     | Committed
     | AbsorbAnswered
@@ -242,6 +261,16 @@ class PutValues:
 
 
 @dataclass(frozen=True, slots=True)
+class PutEarly:
+    """Make outputs durable while the run goes on. Answer, before that of the run: `EarlyPut`."""
+
+    attempt: AttemptId
+    items: tuple[PutItem, ...]
+    drop: bool
+    """Memory is short: forget what was put and no later task of the run reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class SendCommit:
     """Answer: `Committed`."""
 
@@ -307,6 +336,7 @@ Action = (
     | Condemn
     | Resume
     | PutValues
+    | PutEarly
     | SendCommit
     | AskAbsorb
     | Invoke

@@ -12,40 +12,29 @@ so does the client, which watches while there is room for more functions, and su
 the client nothing is lost: running functions go on until nothing is queued. When a worker dies its
 future fails, and what its holder ran is queued again at once; where a platform says nothing, the
 heartbeat grows old. Where functions run in the client's own process, they submit by themselves.
-
-A process keeps the store open for the next function.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import Executor as FuturesExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from wukong.errors import InvokeError, StoreError, StoreUnavailable
-from wukong.executor.invoker import Invoker
+from wukong.executor.futures_worker import Host, Ticket, here, hosts, run_tokens
 from wukong.executor.messages import HolderId, Invocation, JobId, JobView, Status
-from wukong.executor.run import Executor
 from wukong.executor.work import Policy
-from wukong.storage import Store, open_store
+from wukong.storage import Store
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-"""How old a function's picture of who idles may be; it costs a round trip."""
-KEEP_S = 30.0
-"""A process keeps a store open for so long after the last function that used it."""
 N_FAILURES = 3
 """So many functions in a row that failed are an error of the pool; it goes on trying."""
 FAILED_S = 10.0
@@ -58,186 +47,7 @@ GRACE_S = 2.0
 """A closed pool waits so long for its functions."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """What a function needs to run tokens: plain data that any platform can carry."""
-
-    pool: str
-    """Which pool has submitted it."""
-    holder: HolderId
-    """Under which name it holds tokens; nobody else uses it."""
-    number: int
-    """How many were submitted before it."""
-    job: JobId
-    """The job that it was submitted for; where the store is a queue, it runs tokens of all jobs."""
-    url: str
-    """Of the store; see `open_store`."""
-    options: tuple[tuple[str, float | int | str | None], ...]
-    """Further arguments of `open_store`."""
-    policy: Policy
-    n_workers: int
-    """Functions that run at once, at most."""
-    linger_s: float
-    """A function that finds nothing queued waits so long for more."""
-
-
-# ------------------------------------------------------------------ in the worker
-
-
-def run_tokens(ticket: Ticket) -> int:
-    """Run the queued tokens of a store, until nothing is queued for a while.
-
-    Returns: how many tokens it has taken.
-    Raises:
-        InvokeError: this process cannot reach the store.
-    """
-    # Functions of threads share the client's pool, and its store.
-    pool = _pools.get((os.getpid(), ticket.pool))
-    place = _visit(ticket) if pool is None else None
-    store = pool.store if pool is not None else place.store  # type: ignore[union-attr]  # one of both
-    invoker: Invoker = pool if pool is not None else _Watched(store, ticket)
-    executor = Executor(ticket.holder, store, invoker, ticket.policy)
-    is_over = threading.Event()
-    heart = threading.Thread(target=_beat, args=(executor, is_over), daemon=True)
-    heart.start()
-    _here.pool = pool
-    try:
-        return _take_all(executor, store, ticket, pool)
-    finally:
-        _here.pool, _here.seceded = None, False
-        is_over.set()
-        heart.join()
-        if place is not None:
-            place.leave()
-
-
-def _take_all(executor: Executor, store: Store, ticket: Ticket, pool: FuturesPool | None) -> int:
-    """Run what is queued; returns how often it has found something."""
-    n_taken = 0
-    while True:
-        while (pool is None or not pool.is_closed) and _take(executor, store, ticket):
-            n_taken += 1
-        view = store.jobs.view(ticket.job)
-        if view is None or view.status is not Status.RUNNING or (pool and pool.is_closed):
-            return n_taken
-        if not view.n_queued:
-            later = store.jobs.wait(ticket.job, view.version, ticket.linger_s, progress=True)
-            if later is None or not later.n_queued:
-                return n_taken
-
-
-def _take(executor: Executor, store: Store, ticket: Ticket) -> bool:
-    """Run a queued token and what it becomes. False: there is none."""
-    if store.queue is not None:
-        return executor.take()
-    queued = sorted(store.jobs.queued(ticket.job), key=lambda found: -found.priority)
-    if not queued:
-        return False
-    # Functions that come at once begin at different places; the store lets one of them have it.
-    first = sum(found.priority == queued[0].priority for found in queued)
-    executor.run(ticket.job, queued[ticket.number % first].token)
-    return True
-
-
-def _beat(executor: Executor, is_over: threading.Event) -> None:
-    while not is_over.wait(executor.beat()):
-        pass
-
-
-class _Watched:
-    """The invoker of a function whose client watches the store: what is queued is seen there."""
-
-    def __init__(self, store: Store, ticket: Ticket) -> None:
-        self._jobs = store.jobs
-        self._ticket = ticket
-        self._looked_at = 0.0
-        self._n_idle = 0
-
-    def invoke(self, invocations: Sequence[Invocation]) -> None:
-        """Nothing: the client reads of them as soon as the commit has been made."""
-
-    def n_idle(self) -> int:
-        """How many more functions could run, by the job's last known state."""
-        now = time.monotonic()
-        if now - self._looked_at >= LOOK_S:
-            self._looked_at = now
-            with contextlib.suppress(StoreUnavailable):
-                view = self._jobs.view(self._ticket.job)
-                n_busy = self._ticket.n_workers if view is None else view.n_running + view.n_queued
-                self._n_idle = max(0, self._ticket.n_workers - n_busy)
-        return self._n_idle
-
-
-class _Place:
-    """A store that this process has open for the functions of one pool."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self.store = _open(ticket)
-        self._n_guests = 0
-        self._emptied_at = 0.0
-        self._name = (os.getpid(), ticket.pool)
-
-    def enter(self) -> _Place:
-        self._n_guests += 1
-        return self
-
-    def leave(self) -> None:
-        """One function less; the last one's end is remembered."""
-        with _places_lock:
-            self._n_guests -= 1
-            self._emptied_at = time.monotonic()
-            if self._n_guests:
-                return
-        timer = threading.Timer(KEEP_S, self._close_if_idle)
-        timer.daemon = True
-        timer.start()
-
-    def _close_if_idle(self) -> None:
-        with _places_lock:
-            is_idle = not self._n_guests and time.monotonic() - self._emptied_at >= KEEP_S
-            if not is_idle or _places.pop(self._name, None) is None:
-                return
-        self.store.jobs.close()
-        if self.store.blobs is not None:
-            self.store.blobs.close()
-
-
-def _visit(ticket: Ticket) -> _Place:
-    with _places_lock:
-        place = _places.get((os.getpid(), ticket.pool))
-        if place is None:
-            place = _places[os.getpid(), ticket.pool] = _Place(ticket)
-        return place.enter()
-
-
-def _open(ticket: Ticket) -> Store:
-    parts = urlsplit(ticket.url)
-    if parts.scheme == "memory" or (parts.scheme == "local" and not Path(parts.path).is_dir()):
-        raise InvokeError(
-            f"process {os.getpid()} on {socket.gethostname()} cannot see the store {ticket.url}: "
-            "give the cluster one that all workers reach, as store='redis://host'"
-        )
-    return open_store(ticket.url, **dict(ticket.options))  # type: ignore[arg-type]  # by their names
-
-
-_places: dict[tuple[int, str], _Place] = {}
-_places_lock = threading.Lock()
-
-
-class _Here(threading.local):
-    pool: FuturesPool | None = None
-    """The pool whose function this thread runs, if the pool is of this process."""
-    seceded: bool = False
-    """The task that runs here is about to wait for a graph of its own."""
-
-
-_here = _Here()
-
-
-# ------------------------------------------------------------------ in the client
-
-
-class FuturesPool:
+class FuturesPool(Host):
     """Has tokens run by functions that are submitted to an executor. Thread-safe.
 
     Args:
@@ -287,7 +97,7 @@ class FuturesPool:
         self._n_failures = 0
         self._failure: str | None = None
         self._failed_at = 0.0
-        _pools[os.getpid(), self._name] = self
+        hosts[os.getpid(), self._name] = self
 
     # -------------------------------------------------------------- the invoker
 
@@ -306,8 +116,8 @@ class FuturesPool:
         if failure is not None:
             raise InvokeError(f"executors do not start: {failure}")
         for job in dict.fromkeys(invocation.job for invocation in invocations):
-            if _here.pool is self and _here.seceded:
-                _here.seceded = False
+            if here.pool is self and here.seceded:
+                here.seceded = False
                 ticket = self._enter(job)
                 threading.Thread(target=self._run_here, args=(ticket,), daemon=True).start()
             self._submit(job, sum(invocation.job == job for invocation in invocations))
@@ -322,8 +132,8 @@ class FuturesPool:
 
         It holds the worker that the graph needs: the graph gets a thread of its own.
         """
-        if _here.pool is self:
-            _here.seceded = True
+        if here.pool is self:
+            here.seceded = True
 
     def close(self) -> None:
         """Cancel what has not begun, and wait a moment for what has. Idempotent."""
@@ -339,7 +149,7 @@ class FuturesPool:
             watches = list(self._watches.values())
         for thread in watches:
             thread.join(max(0.0, deadline - time.monotonic()))
-        _pools.pop((os.getpid(), self._name), None)
+        hosts.pop((os.getpid(), self._name), None)
 
     # -------------------------------------------------------------- functions
 
@@ -485,7 +295,3 @@ def width_of(executor: object) -> int:
     if nthreads is not None:  # of a cluster of Dask's
         return max(1, sum(int(n) for n in nthreads().values()))
     raise ValueError(f"{type(executor).__name__} does not say how wide it is: give n_workers")
-
-
-_pools: dict[tuple[int, str], FuturesPool] = {}
-"""The open pools of each process and its forks, by pid and name."""

@@ -233,6 +233,15 @@ class ProcessSeat:
         """Have the client kill this executor, and another one started."""
         self._tell("stuck")
 
+    def add(self, executor: Runner) -> None:
+        """Beat for one executor more, which runs in a thread of its own."""
+        self._executors.append(executor)
+
+    def fail(self, error: BaseException) -> None:
+        """End the process by a defect of one of its threads; what it held is queued again."""
+        traceback.print_exception(error)
+        os._exit(FAILED)
+
     def lend(self, holder: HolderId) -> None:
         """Let a thread of this process run tokens while a task waits; see `Lender`."""
         with self._lock:

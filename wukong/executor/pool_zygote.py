@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
 from wukong.executor.messages import HolderId
 from wukong.executor.pool_handed import HandedExecutor, HandedTokens
 from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
@@ -100,6 +101,12 @@ def run_executor(seat: ProcessSeat, settings: Settings) -> None:
 
     executor = new_executor(seat)
     seat.new_executor = new_executor
+    if tokens is None and store.is_remote and settings.policy.prefetch_bytes:
+        turn = Turn()
+        arguments = (turn, seat.holder, store, seat, settings.policy, seat.report_stuck)
+        executor, second = LaneExecutor(*arguments), LaneExecutor(*arguments)
+        seat.add(second)
+        SecondLane(second, turn, queue.n_queued, settings.n_seats, second.take, seat.fail)
     seat.serve(executor, queue.n_queued)
     store.jobs.close()
 

@@ -53,6 +53,11 @@ class Recorder:
         """When the task that runs was begun, on the clock of `ended`."""
         return self.ended[-1] if self.ended else self._clock_at
 
+    @property
+    def n_ended(self) -> int:
+        """Tasks that have ended and are not closed."""
+        return len(self.ended) - len(self._tasks)
+
     def close(self, tasks: tuple[int, ...]) -> None:
         """These tasks have ended, in this order, and belong to the next record."""
         self._tasks.extend(tasks)
@@ -65,7 +70,7 @@ class Recorder:
     def ran(self, tasks: tuple[int, ...]) -> int:
         """A run of these tasks has ended. Returns: how many of them it has done."""
         self._ran_at = time.time()
-        n_done = len(self.ended) - len(self._tasks)
+        n_done = self.n_ended
         self.close(tasks[:n_done])
         return n_done
 

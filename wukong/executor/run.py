@@ -32,6 +32,7 @@ from wukong.errors import (
 )
 from wukong.executor import ops
 from wukong.executor.core import ExecutorCore
+from wukong.executor.early import EarlyPuts, requests_of
 from wukong.executor.events import (
     AbsorbAnswered,
     Action,
@@ -78,7 +79,6 @@ from wukong.executor.serialize_failures import Failure, Raised, death_error, exi
 from wukong.executor.serialize_programs import NO_PROGRAM, ONCE, Program
 from wukong.executor.wire import (
     Error,
-    PutRequest,
     Traffic,
     UnreadableExports,
     Wire,
@@ -91,6 +91,7 @@ STUCK_AFTER_S = 2.0
 """A task that goes on this long after its job has ended is stuck, as far as others can tell."""
 HAND_OVER_AFTER_S = 2.0
 """An executor that is to end waits so long for the current task; then others shall run it again."""
+_ROUND_TRIPS = (Start, SendCommit, AskAbsorb, Renew, Delete, ReportLost)
 PROGRAMS_KEPT = 16
 """Programs that an executor keeps; pieces of a strand, and its further attempts, share one."""
 
@@ -136,6 +137,7 @@ class Executor:
         """Tasks whose value is an error."""
         self._running: ops.Running | None = None
         self._record = Recorder(holder, shares_client=store.blobs is None)
+        self._early = EarlyPuts(self._hand)
         self._record_sent: tuple[SendCommit, trace.RunRecord] | None = None
         self._program = NO_PROGRAM
 
@@ -177,10 +179,13 @@ class Executor:
         if running is None:
             return self._policy.heartbeat_s
         self._look_if_stuck(now)
-        is_due = now >= running.look_at and not self._core.is_doomed
+        is_due = now >= running.look_at and not (self._core.is_doomed or self._early.is_busy)
         is_wanted = self._core.is_open or (self._policy.split and self._invoker.n_idle() > 0)
         if is_due and (is_wanted or now - self._drained_at >= HAND_OVER_AFTER_S):
             self._split(running)
+        with running.gate:
+            if self._running is running:
+                self._early.look(running, self._record.n_ended, self._values, self._wire_now())
         return ops.LOOK_AFTER_S
 
     def _look_if_stuck(self, now: float) -> None:
@@ -228,13 +233,16 @@ class Executor:
             event = self._perform(action)
         except StoreUnavailable as error:
             event = StoreFailed(action, self._put_error(action, error))
+        return self._hand(event)
+
+    def _hand(self, event: Event) -> list[Action]:
         with self._lock:
             return self._core.handle(event, time.monotonic())
 
     def _perform(self, action: Action) -> Event:
+        self._traffic.n_round_trips += isinstance(action, _ROUND_TRIPS)
         match action:
             case Start(job, token, attempt):
-                self._traffic.n_round_trips += 1
                 started = self._jobs.start(job, token, attempt, self._holder)
                 if isinstance(started, Grant):
                     self._record.begin(started, is_invoked=True)
@@ -251,16 +259,13 @@ class Executor:
             case PutValues():
                 return self._put(action)
             case SendCommit(commit):
-                self._traffic.n_round_trips += 1
                 reply = self._jobs.commit(replace(commit, trace=self._packed(action)))
                 if isinstance(reply, Receipt) and reply.become is not None:
                     self._record.begin(reply.become, is_invoked=False)
                 return Committed(reply)
             case AskAbsorb(job, token, attempt, feed, n_held):
-                self._traffic.n_round_trips += 1
                 return AbsorbAnswered(self._jobs.absorb(job, token, attempt, feed, n_held))
             case Renew(job, token, attempt):
-                self._traffic.n_round_trips += 1
                 return Renewed(attempt, self._jobs.renew(job, token, attempt))
             case Invoke(invocations):
                 try:
@@ -272,10 +277,8 @@ class Executor:
                 if confirm:
                     self._jobs.confirm(JobId(blobs[0].partition("/")[0]))
                 self._store.blobs.delete_many(blobs)
-                self._traffic.n_round_trips += 1
             case ReportLost(job, token, attempt, exports):
                 self._jobs.report_lost(job, token, attempt, exports)
-                self._traffic.n_round_trips += 1
             case Forget():
                 self._values, self._failed = {}, set()
         return Done()
@@ -348,6 +351,7 @@ class Executor:
                     self._running = None
                     break
                 iterator = running.iterator
+        self._early.finish()
         return self._ran(running.part, program, error)
 
     def _ran(self, part: Part, program: Program, error: Error | None) -> Ran:
@@ -444,9 +448,7 @@ class Executor:
             self._record.close(part.tasks[:n_done])
             sizes, running_s = self._sizes(part, edges.inputs), running.watch(begun_at)
             event = Overdue(n_done, sizes, edges, self._invoker.n_idle(), running_s)
-            with self._lock:
-                actions = self._core.handle(event, time.monotonic())
-            self._drive(actions, lambda: self._core.phase is Phase.RUNNING)
+            self._drive(self._hand(event), lambda: self._core.phase is Phase.RUNNING)
             if running.part is part:
                 self._record.reopen(n_done)
             running.look_later(begun_at, time.monotonic())
@@ -458,10 +460,7 @@ class Executor:
         if action.error is not None:
             spoilt = [task for item in action.items for task in item.tasks]
             self._values.update(dict.fromkeys(spoilt, wire.read_error(action.error)))
-        requests = [
-            PutRequest(export, tasks, [self._values[task] for task in tasks], blob)
-            for export, tasks, blob in action.items
-        ]
+        requests = requests_of(action.items, self._values)
         while True:
             try:
                 return Put(tuple(wire.put(requests)))

@@ -9,6 +9,7 @@ from wukong.executor.events import Overdue
 from wukong.executor.messages import (
     AttemptId,
     BlobId,
+    Entry,
     ExportId,
     ExportSpec,
     Feed,
@@ -42,6 +43,12 @@ class Policy:
     """A value of at least this size is a blob of its own."""
     absorb_bytes: int = 1024 * 1024
     """Outputs of at least this size ask to absorb their consumer; 0: never (delayed I/O off)."""
+    pile_bytes: int = 256 * 1024 * 1024
+    """Outputs that a run has made are put at once when they are so many; rule 11."""
+    early_bytes: int = 0
+    """The same for outputs that will be put in any case, where blobs are far away; 0: off."""
+    prefetch_bytes: int = 0
+    """Inputs of a next strand that may be fetched while another one runs; 0: none are."""
     split: bool = True
     """Give away the rest of a strand that runs long while executors are idle."""
     split_bytes_per_s: float = 5e6
@@ -96,6 +103,18 @@ class Work:
     """Blobs that this attempt has put and not yet committed."""
     n_blobs: int = 0
     """Blobs that it has named."""
+    is_sent: bool = False
+    """A commit has been sent: what it names may be somebody's input (seed 1685)."""
+    early: dict[tuple[ExportId, int], Entry] = field(default_factory=dict)
+    """Outputs that were put while the run went on."""
+    piled: dict[int, int] = field(default_factory=dict)
+    """Large outputs that have not been put, and their sizes."""
+    made_bytes: int = 0
+    """All large outputs so far."""
+    is_putting: bool = False
+    """Outputs are being put while the run goes on."""
+    has_failed_early: bool = False
+    """That has failed: the rest is put at the end."""
     is_once: bool = False
     """A task of the part may not be run again."""
     is_open: bool = False
@@ -154,19 +173,29 @@ def absorbing_feed(work: Work, policy: Policy) -> Feed | None:
 
     When anybody else waits for an output, holding it back would hold them up.
     """
-    if not 0 < policy.absorb_bytes <= sum(work.sizes.values()):
+    if policy.absorb_bytes > sum(work.sizes.values()) or work.early:
         return None
+    return work.specs[0].feeds[0] if _is_absorbable(work, policy, work.specs) else None
+
+
+def may_absorb(work: Work, policy: Policy) -> bool:
+    """Whether what the running part makes could be held back for its only reader."""
+    return _is_absorbable(work, policy, work.part.exports)
+
+
+def _is_absorbable(work: Work, policy: Policy, specs: tuple[ExportSpec, ...]) -> bool:
+    if policy.absorb_bytes <= 0:
+        return False
     if work.n_deaths:
-        return None  # a task that kills executors is to end alone, and not its inputs' tasks
+        return False  # a task that kills executors is to end alone, and not its inputs' tasks
     if policy.confirm:
         # What an absorbed strand has read may be rolled back, and recorded anew by others,
         # while the token that absorbed it stays: two attempts would be seen (seed 427).
-        return None
-    feeds = [feed for spec in work.specs for feed in spec.feeds]
-    if len(feeds) != len(work.specs) or len({feed.strand for feed in feeds}) != 1:
-        return None
-    for spec in work.specs:
-        # In a piece of a split strand, the rest of an export is made elsewhere.
-        if spec.requested or len(spec.feeds) != 1 or spec.n_values != len(spec.tasks):
-            return None
-    return feeds[0]
+        return False
+    feeds = [feed for spec in specs for feed in spec.feeds]
+    if len(feeds) != len(specs) or len({feed.strand for feed in feeds}) != 1:
+        return False
+    # In a piece of a split strand, the rest of an export is made elsewhere.
+    return not any(
+        spec.requested or len(spec.feeds) != 1 or spec.n_values != len(spec.tasks) for spec in specs
+    )

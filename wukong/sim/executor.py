@@ -28,6 +28,7 @@ from wukong.executor.events import (
     Invoke,
     Overdue,
     Put,
+    PutEarly,
     PutValues,
     Ran,
     Renew,
@@ -41,7 +42,6 @@ from wukong.executor.events import (
     StoreFailed,
 )
 from wukong.executor.messages import (
-    Absorbed,
     AttemptId,
     BlobId,
     Commit,
@@ -57,6 +57,7 @@ from wukong.executor.messages import (
 )
 from wukong.executor.work import Phase
 from wukong.sim.checks import Value
+from wukong.sim.early import EarlyPuts
 from wukong.sim.memory import Memory
 from wukong.sim.runs import Runner
 from wukong.sim.store import SimStore
@@ -108,12 +109,15 @@ class SimExecutor:
         self._stopped_until = 0.0
         self._wakes_at: float | None = None
         self._memory = Memory(world)
+        self._early = EarlyPuts(
+            world, store, self._memory, self._deliver, self._hand_and_go, self._excuse
+        )
         self._runner = Runner(
             world,
             deliver=self._deliver,
-            n_idle=n_idle,
-            compute=self._compute,
-            on_end=self._ended,
+            n_idle=lambda: 0 if self._early.is_busy else n_idle(),
+            compute=lambda tasks: self._memory.compute(tasks, self._attempt()),
+            on_end=lambda part, n: self._early.wait(lambda: self._ended(part, n)),
             on_overdue=self._overdue,
             die=self.die,
         )
@@ -197,12 +201,15 @@ class SimExecutor:
         self._line.extend(self._core.handle(event, self._world.now))
         self._core.check()
 
+    def _hand_and_go(self, event: Event) -> None:
+        self._hand(event)
+        self._go()
+
     def _answered(self, event: Event) -> None:
         """The action at the head of the line is done."""
         self._is_busy = False
         if not self._dies():
-            self._hand(event)
-            self._go()
+            self._hand_and_go(event)
 
     def _go(self) -> None:
         """Perform actions until one takes time or none is left."""
@@ -259,6 +266,7 @@ class SimExecutor:
             case Run(part, limit):
                 self._world.counts["runs"] += 1
                 self._runner.begin(part, limit)
+                self._early.begin(self._runner)
             case Condemn():
                 return self._condemn(action)
             case Resume(part, limit):
@@ -266,10 +274,13 @@ class SimExecutor:
                 return Done()
             case PutValues():
                 return self._put(action)
+            case PutEarly():
+                self._early.put(action)
+                return Done()
             case SendCommit(commit):
                 self._commit(action, commit)
             case AskAbsorb():
-                self._ask(action, lambda: store.absorb(action), self._absorb_answered)
+                self._ask(action, lambda: store.absorb(action), AbsorbAnswered)
             case Invoke(invocations):
                 self._is_busy = True
                 self._later(self._setting.invoke_s(len(invocations)), self._invoked, invocations)
@@ -329,9 +340,6 @@ class SimExecutor:
         self._memory.made = {}
         self._sent.clear()
         return Committed(reply)
-
-    def _absorb_answered(self, reply: Absorbed | Refused) -> Event:
-        return AbsorbAnswered(reply)
 
     def _commit(self, action: SendCommit, commit: Commit) -> None:
         made = self._sent.setdefault(commit.attempt, dict(self._memory.made))
@@ -441,17 +449,11 @@ class SimExecutor:
         return Fetched(part)
 
     def _put(self, action: PutValues) -> Event | None:
-        entries: list[tuple[ExportId, Entry]] = []
-        blobs: dict[BlobId, tuple[tuple[Value, ...], int]] = {}
-        for export, tasks, blob in action.items:
-            entry, values = self._memory.entry(tasks, blob)
-            entries.append((export, entry))
-            if blob is not None:
-                blobs[blob] = values, entry.size_bytes
+        entries, blobs = self._memory.encode(action.items)
+        event = Put(entries)
         if not blobs:
-            return Put(tuple(entries))
+            return event
         takes_s = self._setting.move_s([size_bytes for _, size_bytes in blobs.values()])
-        event = Put(tuple(entries))
         # A put that takes effect after it was given up leaves a blob behind: no harm, no test.
         self._ask(action, lambda: self._store.put(blobs), lambda _: event, takes_s, False, 0)
         return None
@@ -480,9 +482,6 @@ class SimExecutor:
         edges = self._memory.edges(rest)
         self._hand(Overdue(done, self._memory.sizes(part, edges.inputs), edges, n, ran_s))
         self._go()
-
-    def _compute(self, tasks: tuple[int, ...]) -> None:
-        self._memory.compute(tasks, self._attempt())
 
     def _attempt(self) -> AttemptId:
         assert self._core.held is not None, "no token is held"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wukong.executor.events import Edges
-from wukong.executor.messages import AttemptId, BlobId, Entry, Part
+from wukong.executor.events import Edges, PutItem
+from wukong.executor.messages import AttemptId, BlobId, Entry, ExportId, Part
 from wukong.sim.checks import Value, Violation
 from wukong.sim.world import World
 
@@ -33,6 +33,11 @@ class Memory:
         """Drop all but these. Returns: those of them that are not here."""
         self._values = {t: v for t, v in self._values.items() if t in wanted}
         return wanted.difference(self._values)
+
+    def drop(self, tasks: set[int]) -> None:
+        """Drop these."""
+        for task in tasks:
+            self._values.pop(task, None)
 
     def receive(self, entry: Entry, payload: object) -> None:
         """Take in what was read."""
@@ -66,6 +71,19 @@ class Memory:
         size_bytes = sum(map(self._size, tasks)) if self._setting.is_measured else 0
         n_errors = sum(value.is_error for value in values)
         return Entry(tasks, blob, values if blob is None else None, size_bytes, n_errors), values
+
+    def encode(
+        self, items: Iterable[PutItem]
+    ) -> tuple[tuple[tuple[ExportId, Entry], ...], dict[BlobId, tuple[tuple[Value, ...], int]]]:
+        """Make entries. Returns: these, and what has to be put for them, with its size."""
+        entries: list[tuple[ExportId, Entry]] = []
+        blobs: dict[BlobId, tuple[tuple[Value, ...], int]] = {}
+        for export, tasks, blob in items:
+            entry, values = self.entry(tasks, blob)
+            entries.append((export, entry))
+            if blob is not None:
+                blobs[blob] = values, entry.size_bytes
+        return tuple(entries), blobs
 
     def edges(self, tasks: tuple[int, ...]) -> Edges:
         """What tasks read."""

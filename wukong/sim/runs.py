@@ -75,6 +75,20 @@ class Runner:
         self._arm(self._running, 0)
         self._look_later(self._running)
 
+    def progress(self) -> tuple[Part, int | None] | None:
+        """The part that runs, and how many of its tasks are done; None while it is interrupted.
+
+        Returns: None when nothing runs. The values of what is done exist then.
+        """
+        running = self._running
+        if running is None:
+            return None
+        if running.taken:
+            return running.part, None
+        n_done = min(bisect_right(running.ends_at, self._world.now), running.limit)
+        self._make(running, n_done)
+        return running.part, n_done
+
     def resume(self, part: Part, limit: int) -> None:
         """Let the run go on with `part`, or end after the task that is running."""
         running, now = self._running, self._world.now

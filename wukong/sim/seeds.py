@@ -47,7 +47,7 @@ def draw_setting(seed: int) -> Setting:
         costs=costs,
         platform=platform,
         n_executors=n_executors,
-        policy=_draw_policy(rng, heartbeat_s, faults),
+        policy=_with_bounds(_draw_policy(rng, heartbeat_s, faults), seed),
         faults=faults,
         silence_s=heartbeat_s * rng.choice((3.0, 5.0)),
         split_after_s=rng.choice((0.02, 0.1, 0.5)),
@@ -74,6 +74,18 @@ def _draw_policy(rng: Random, heartbeat_s: float, faults: Faults) -> Policy:
         n_deaths_max=rng.choice((2, 3, 6)),
         give_up_s=rng.choice((5.0, 60.0)),
         confirm=bool(faults.failovers),
+    )
+
+
+def _with_bounds(policy: Policy, seed: int) -> Policy:
+    """Half of the seeds put outputs while runs go on; drawn apart, so that old seeds stay."""
+    rng = Random(f"bounds {seed}")
+    if rng.random() < 0.5:
+        return policy
+    return replace(
+        policy,
+        pile_bytes=rng.choice((100, 10_000, 1 << 28)),
+        early_bytes=rng.choice((0, 1, 5_000)),
     )
 
 

@@ -34,6 +34,9 @@ class Store:
     may_roll_back: bool = False
     """The last changes may be lost with a server; `confirm` waits until they cannot (rule 3)."""
 
+    is_remote: bool = False
+    """Jobs or blobs may be on another machine: whoever works on them should not wait for each."""
+
     @property
     def queue(self) -> QueueStore | None:
         """The job store, where its queued tokens are the queue of a pool."""
@@ -79,7 +82,8 @@ def open_store(
     store = _open(url, silence_s, limit_bytes, clock, secret)
     if store.blobs is None:
         raise ValueError(f"{url} holds objects, which never become blobs; leave `blobs` out")
-    return replace(store, blobs=TieredBlobs(store.blobs, S3Blobs(options), options.tier_bytes))
+    tiers = TieredBlobs(store.blobs, S3Blobs(options), options.tier_bytes)
+    return replace(store, blobs=tiers, is_remote=True)
 
 
 def resolve_blobs(blobs: str) -> str:
@@ -150,7 +154,7 @@ def _open_redis(
     link = Link(parse_url(resolve_store(url)))
     found = secret if secret is not None else deployment_secret()
     jobs = RedisJobStore(link, silence_s, clock)
-    return Store(jobs, RedisBlobs(link), found, may_roll_back=link.url.is_durable)
+    return Store(jobs, RedisBlobs(link), found, link.url.is_durable, is_remote=True)
 
 
 def default_limit_bytes(directory: Path) -> int:
