@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wukong.executor import core, split
+from wukong.executor import core, outputs, split
 from wukong.executor.core import ExecutorCore
 from wukong.executor.events import Delete, PutValues, Renew, Run
 from wukong.executor.messages import Absorbed, Commit, Entry, Receipt, Refused, TokenId
@@ -202,7 +202,7 @@ def absorb_does_not_count_what_is_missing(patch: Patch) -> None:
 def an_absorbed_strand_goes_on_waiting(patch: Patch) -> None:
     real = state._apply
     patch.setattr(
-        state, "_apply", lambda rows, job, r, now: real(rows, job, replace(r, absorbed=()), now)
+        state, "_apply", lambda rows, job, r, *rest: real(rows, job, replace(r, absorbed=()), *rest)
     )
 
 
@@ -210,7 +210,7 @@ def an_absorbed_strand_goes_on_waiting(patch: Patch) -> None:
 def retained_inputs_are_not_counted(patch: Patch) -> None:
     real = state._apply
     patch.setattr(
-        state, "_apply", lambda rows, job, r, now: real(rows, job, replace(r, retained=()), now)
+        state, "_apply", lambda rows, job, r, *rest: real(rows, job, replace(r, retained=()), *rest)
     )
 
 
@@ -295,10 +295,10 @@ def no_heartbeat(patch: Patch) -> None:
 @mutation
 def blob_ids_without_the_attempt(patch: Patch) -> None:
     def blob(self: Any, work: Any) -> str:
-        work.blobs += (f"{work.job}/{work.token}/{len(work.blobs)}",)
-        return str(work.blobs[-1])
+        work.n_blobs += 1
+        return f"{work.job}/{work.token}/{work.n_blobs - 1}"
 
-    patch.setattr(ExecutorCore, "_blob", blob)
+    patch.setattr(outputs, "_blob", blob)
 
 
 @mutation
