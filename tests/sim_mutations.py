@@ -294,7 +294,7 @@ def no_heartbeat(patch: Patch) -> None:
 
 @mutation
 def blob_ids_without_the_attempt(patch: Patch) -> None:
-    def blob(self: Any, work: Any) -> str:
+    def blob(work: Any) -> str:
         work.n_blobs += 1
         return f"{work.job}/{work.token}/{work.n_blobs - 1}"
 

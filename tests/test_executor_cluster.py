@@ -190,7 +190,7 @@ def test_jobs_may_lie_in_redis_and_large_blobs_in_s3(redis_server, moto_url, mak
     with (
         make() as executor,
         wukong.ExecutorCluster(
-            executor, store=redis_server.url, blobs=f"{place}&tier_bytes=150000", timeout_s=60
+            executor, store=redis_server.url, blobs=f"{place}&tier_bytes=150000", timeout_s=200
         ) as cluster,
     ):
         cluster._is_cut = False
