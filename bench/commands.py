@@ -12,6 +12,7 @@ from bench import N_WORKERS, present, sides
 from bench import linalg as linalg_suite
 from bench import micro as micro_suite
 from bench.measure import Case, Comparison, compare
+from bench.peers import PEERS
 from bench.present import Target
 from bench.service import measure_service
 from wukong.storage import open_store
@@ -34,6 +35,10 @@ BEST = f"{sides.PROCESSES}|{sides.THREADS}"
 LINALG_TARGETS = [
     Target("*", sides.PROCESSES, sides.DISTRIBUTED, 0.8, 0.65),
     Target("*", BEST, sides.DASK_THREADED, 1.03, 0.95),
+]
+COMPARE_TARGETS = [
+    Target("*", BEST, peer, 1.0, 0.8)
+    for peer in (sides.DASK_THREADED, sides.DISTRIBUTED, *PEERS, sides.POOL)
 ]
 # A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
 LINALG_SIDES = [name for name in sides.ALL if name not in (sides.POOL, sides.DASK_GET)]
@@ -106,6 +111,25 @@ def linalg(
     _run("linalg", cases, names or LINALG_SIDES, rounds, LINALG_TARGETS, out)
 
 
+@main.command(name="compare")
+@common_options
+@click.option(
+    "--side",
+    "names",
+    multiple=True,
+    type=click.Choice(sides.COMPARED),
+    help="Sides; all by default.",
+)
+@click.option("--small", is_flag=True, help="The workloads at the sizes of `wukong demo`.")
+def compare_peers(
+    rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...], small: bool
+) -> None:
+    """Micro graphs and workloads beside what people use instead: Ray, Parsl, Lithops, ..."""
+    cases = [*micro_suite.cases("tasks"), *linalg_suite.cases((), full=not small)]
+    chosen = names or sides.COMPARED
+    _run("compare", _chosen(cases, only), chosen, rounds, COMPARE_TARGETS, out, is_metered=True)
+
+
 @main.command()
 @common_options
 def limits(rounds: int, only: tuple[str, ...], out: Path) -> None:
@@ -176,17 +200,26 @@ def _run(
     n_rounds: int,
     targets: Sequence[Target],
     out: Path,
+    is_metered: bool = False,
 ) -> None:
     """Compare, show and write; what is done is written even if a later case fails."""
     present.show_header(console, suite, n_rounds)
     comparisons: list[Comparison] = []
+    absent: list[str] = []
     try:
-        with console.status("opening the sides") as line, sides.open_sides(names, N_WORKERS) as all:
+        with (
+            console.status("opening the sides") as line,
+            sides.open_sides(names, N_WORKERS, absent.append) as opened,
+        ):
             for case in cases:
-                comparisons.append(compare(case, all, n_rounds, line.update))
+                comparisons.append(compare(case, opened, n_rounds, line.update, is_metered))
     finally:
         if comparisons:
             console.print(present.times_table(comparisons))
+            if is_metered:
+                console.print(present.usage_table(comparisons))
+            for why in [*absent, *(f"{c.case}: {each}" for c in comparisons for each in c.absent)]:
+                console.print(f"absent: {why}")
             console.print(present.ratios_table(present.ratios(comparisons, targets)))
             present.write_json(out / f"{suite}.json", suite, comparisons, targets)
             present.draw(out / f"{suite}.png", f"bench {suite}", comparisons)

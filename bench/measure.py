@@ -8,12 +8,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from dask.typing import Key
 
+from bench.meter import Usage, metered
+from bench.peers import CallPool
 from bench.sides import Side
 
 Graph: TypeAlias = Mapping[Key, object]
@@ -35,8 +37,8 @@ class Case:
     """Raises AssertionError if what a side returned is wrong."""
     n_calls: int = 1
     """Runs within one measurement, whose mean counts; above 1 where one is too short to time."""
-    on_pool: Callable[[ProcessPoolExecutor], object] | None = None
-    """The same work by a process pool's own means; None where there is no such way."""
+    on_pool: Callable[[CallPool], object] | None = None
+    """The same work by the means of a pool of calls; None where there is no such way."""
     warm: Callable[[], Built] | None = None
     """A smaller graph of the same functions for the warm-up; None: the graph itself."""
 
@@ -49,6 +51,12 @@ class Timing:
     """Name of the side."""
     seconds: tuple[float, ...]
     """One per round, in order."""
+    cpu_s: tuple[float, ...] = ()
+    """CPU seconds of all processes, one per round, where they are measured."""
+    added_bytes: tuple[int, ...] = ()
+    """Most memory above that of the idle side, one per round."""
+    cold_s: float = 0.0
+    """The first run, with all that the side imports and starts for it."""
 
     @property
     def median_s(self) -> float:
@@ -85,6 +93,8 @@ class Comparison:
     """Tasks of the graph."""
     timings: tuple[Timing, ...]
     """In the order of the sides."""
+    absent: tuple[str, ...] = ()
+    """Sides that were not asked, each with the reason."""
 
     def ratio(self, of: str, to: str) -> Ratio | None:
         """The ratio of two sides, or None if one of them did not take part.
@@ -106,7 +116,11 @@ class Comparison:
 
 
 def compare(
-    case: Case, sides: Sequence[Side], n_rounds: int, tell: Callable[[str], None]
+    case: Case,
+    sides: Sequence[Side],
+    n_rounds: int,
+    tell: Callable[[str], None],
+    is_metered: bool = False,
 ) -> Comparison:
     """Time the case on every side, in turns.
 
@@ -115,19 +129,50 @@ def compare(
         sides: open sides; those that cannot do the case are left out.
         n_rounds: measurements of each side.
         tell: is told what happens now, for a progress line.
+        is_metered: count CPU seconds and memory too.
     """
-    able = [side for side in sides if side.get is not None or case.on_pool is not None]
+    able, absent = [], []
+    for side in sides:
+        reason = _why_not(case, side)
+        if reason is None:
+            able.append(side)
+        else:
+            absent.append(f"{side.name}: {reason}")
+    cold_s = {}
     for side in able:
         tell(f"{case.name}: warming {side.name}")
+        begun_at = time.perf_counter()
         _warm(case, side)
+        cold_s[side.name] = time.perf_counter() - begun_at
     seconds: dict[str, list[float]] = {side.name: [] for side in able}
+    usages: dict[str, list[Usage]] = {side.name: [] for side in able}
     for number in range(n_rounds):
         first = number % len(able)
         for side in able[first:] + able[:first]:
             tell(f"{case.name}: round {number + 1} of {n_rounds}, {side.name}")
-            seconds[side.name].append(_time(case, side, number))
-    timings = tuple(Timing(side.name, tuple(seconds[side.name])) for side in able)
-    return Comparison(case.name, case.n_tasks, timings)
+            with metered() if is_metered else nullcontext(Usage()) as usage:
+                seconds[side.name].append(_time(case, side, number))
+            usages[side.name].append(usage)
+    timings = tuple(
+        Timing(
+            name,
+            tuple(seconds[name]),
+            tuple(usage.cpu_s / case.n_calls for usage in usages[name]),
+            tuple(usage.added_bytes for usage in usages[name]),
+            cold_s[name],
+        )
+        for name in seconds
+    )
+    return Comparison(case.name, case.n_tasks, timings, tuple(absent))
+
+
+def _why_not(case: Case, side: Side) -> str | None:
+    """Why a side is not asked for a case; None: it is."""
+    if side.get is None and case.on_pool is None:
+        return "the graph cannot be said as maps"
+    if side.n_tasks_max is not None and case.n_tasks > side.n_tasks_max:
+        return f"not asked for more than {side.n_tasks_max:,} calls, which take minutes"
+    return None
 
 
 def _warm(case: Case, side: Side) -> None:

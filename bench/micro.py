@@ -4,7 +4,6 @@ Each graph comes in both of Dask's forms: legacy tuples, and `Task` objects.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -13,6 +12,7 @@ from dask.typing import Key
 
 from bench.measure import Built, Case
 from bench.noops import add, increment, same, total
+from bench.peers import CallPool
 
 Form: TypeAlias = Literal["tuples", "tasks"]
 FORMS: tuple[Form, ...] = ("tuples", "tasks")
@@ -144,12 +144,12 @@ def _one(form: Form, tag: str) -> Built:
     return {(tag, 0): _call(form, (tag, 0), same, 1)}, (tag, 0)
 
 
-def _independent_on_pool(pool: ProcessPoolExecutor) -> list[int]:
+def _independent_on_pool(pool: CallPool) -> list[int]:
     """Each call its own future, as each is its own task for the others."""
     return list(pool.map(same, range(N_INDEPENDENT)))
 
 
-def _tree_on_pool(n_leaves: int, pool: ProcessPoolExecutor) -> int:
+def _tree_on_pool(n_leaves: int, pool: CallPool) -> int:
     """Level by level: a pool has no dependencies, so each level waits for the last."""
     level: Sequence[int] = list(pool.map(same, range(n_leaves)))
     while len(level) > 1:
@@ -157,8 +157,9 @@ def _tree_on_pool(n_leaves: int, pool: ProcessPoolExecutor) -> int:
     return level[0]
 
 
-def _one_on_pool(pool: ProcessPoolExecutor) -> int:
-    return pool.submit(same, 1).result()
+def _one_on_pool(pool: CallPool) -> int:
+    value: int = pool.submit(same, 1).result()
+    return value
 
 
 def _expect(expected: object, result: object) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -16,8 +17,9 @@ from rich.table import Table
 
 from bench import sides
 from bench.measure import Comparison, Ratio
+from bench.peers import PEERS
 
-PACKAGES = ("wukong", "dask", "distributed", "numpy", "scikit-learn", "lmdb", "cloudpickle")
+PACKAGES = ("wukong", "dask", "distributed", "numpy", "scikit-learn", "lmdb", "cloudpickle", *PEERS)
 
 # Headings that leave room for the numbers on a terminal of 80 columns.
 HEADINGS = {
@@ -78,6 +80,26 @@ def times_table(comparisons: Sequence[Comparison]) -> Table:
     for comparison in comparisons:
         cells = {timing.side: _seconds(timing.median_s) for timing in comparison.timings}
         table.add_row(comparison.case, *(cells.get(side, "") for side in names))
+    return table
+
+
+def usage_table(comparisons: Sequence[Comparison]) -> Table:
+    """CPU seconds, memory and the first run of every side."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Cold runs, CPU, memory")
+    for name in ("case", "side"):
+        table.add_column(name)
+    for name in ("first run", "median", "CPU", "memory added, MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for comparison in comparisons:
+        for timing in comparison.timings:
+            table.add_row(
+                comparison.case,
+                timing.side,
+                _seconds(timing.cold_s),
+                _seconds(timing.median_s),
+                _seconds(statistics.median(timing.cpu_s)),
+                f"{max(timing.added_bytes) / 1e6:.0f}",
+            )
     return table
 
 
@@ -146,11 +168,15 @@ def write_json(
             {
                 "case": comparison.case,
                 "n_tasks": comparison.n_tasks,
+                "absent": comparison.absent,
                 "sides": {
                     timing.side: {
                         "seconds": timing.seconds,
                         "median_s": timing.median_s,
                         "min_s": timing.min_s,
+                        "cold_s": timing.cold_s,
+                        "cpu_s": timing.cpu_s,
+                        "added_bytes": timing.added_bytes,
                     }
                     for timing in comparison.timings
                 },

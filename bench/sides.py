@@ -22,6 +22,7 @@ import dask.multiprocessing
 import dask.threaded
 
 import wukong
+from bench.peers import LITHOPS, PEERS, RAY, CallPool, open_pool, open_ray
 
 Get: TypeAlias = Callable[..., object]
 
@@ -34,6 +35,9 @@ DISTRIBUTED = "distributed"
 POOL = "ProcessPoolExecutor"
 
 ALL = (PROCESSES, THREADS, DASK_GET, DASK_THREADED, DASK_MULTIPROCESSING, DISTRIBUTED, POOL)
+COMPARED = (PROCESSES, THREADS, DASK_THREADED, DISTRIBUTED, *PEERS, POOL)
+LITHOPS_TASKS_MAX = 200
+"""Lithops looks for results once in a while: a map of ten calls takes seconds."""
 
 
 def _nothing() -> None:
@@ -52,15 +56,32 @@ class Side:
     """Waits until nothing of the last run is left; called outside the clock."""
     cluster: "wukong.LocalCluster | None" = None
     """The cluster behind the side, for its reports."""
-    pool: ProcessPoolExecutor | None = None
-    """The pool behind the side."""
+    pool: CallPool | None = None
+    """What runs calls, where the side runs no graphs."""
+    n_tasks_max: int | None = None
+    """Larger cases are not asked of this side."""
 
 
 @contextmanager
-def open_sides(names: Iterable[str], n_workers: int) -> Iterator[list[Side]]:
-    """Open the named sides; all are closed at the end."""
+def open_sides(
+    names: Iterable[str], n_workers: int, tell_absent: Callable[[str], None] | None = None
+) -> Iterator[list[Side]]:
+    """Open the named sides; all are closed at the end.
+
+    Args:
+        tell_absent: is told of each side that is not installed, which is left out then; None: that
+            is an error.
+    """
     with ExitStack() as stack:
-        yield [_open(name, n_workers, stack) for name in names]
+        opened = []
+        for name in names:
+            try:
+                opened.append(_open(name, n_workers, stack))
+            except ImportError as error:
+                if tell_absent is None:
+                    raise
+                tell_absent(f"{name}: {error}")
+        yield opened
 
 
 def _open(name: str, n_workers: int, stack: ExitStack) -> Side:
@@ -80,7 +101,12 @@ def _open(name: str, n_workers: int, stack: ExitStack) -> Side:
         return _open_distributed(n_workers, stack)
     if name == POOL:
         return Side(name, None, pool=stack.enter_context(_process_pool(n_workers)))
-    raise ValueError(f"{name!r} is none of {', '.join(ALL)}")
+    if name == RAY:
+        return Side(name, open_ray(n_workers, stack))
+    if name in PEERS:
+        n_tasks_max = LITHOPS_TASKS_MAX if name == LITHOPS else None
+        return Side(name, None, pool=open_pool(name, n_workers, stack), n_tasks_max=n_tasks_max)
+    raise ValueError(f"{name!r} is none of {', '.join((*ALL, *PEERS))}")
 
 
 def _process_pool(n_workers: int) -> ProcessPoolExecutor:
