@@ -30,7 +30,6 @@ check: venv
 test: check servers
 	$(BIN)/python -m pytest -q -m "not slow"
 	$(BIN)/python -m pytest -q -m "slow"
-
 	$(MAKE) test-rdma
 
 # What needs an RDMA device, in a guest kernel that has one; builds that kernel once.
@@ -39,10 +38,14 @@ test-rdma: venv
 
 # Servers that tests start themselves; installed where this is root on Debian, else tests skip.
 servers:
-	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	@path="$$PATH:/usr/sbin:/sbin"; missing=""; \
+	for pair in redis-server:redis-server openssl:openssl slurmctld:slurm-wlm munged:munge; do \
+		PATH="$$path" command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-		--no-install-recommends redis-server openssl >/dev/null; } \
-		|| echo "redis-server is missing: what needs it is skipped"
+		--no-install-recommends $$missing >/dev/null; } \
+		|| echo "missing:$$missing; what needs them is skipped"
 
 test-fast: venv
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -89,6 +89,16 @@ def test_importing_wukong_imports_no_bindings_and_needs_none() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_the_name_lease_is_the_function_whatever_was_imported_before() -> None:
+    program = (
+        "import wukong.rdma.lease\n"
+        "from wukong.rdma.lease import Request\n"
+        "import wukong.rdma.agent, wukong.rdma\n"
+        "assert callable(wukong.rdma.lease)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_looking_for_bindings_leaves_the_root_logger_alone() -> None:
     program = (
         "import logging, wukong.rdma.verbs as verbs\n"

@@ -67,6 +67,14 @@ def test_a_job_that_still_queues_is_given_back_too_when_nobody_needs_it() -> Non
     assert scaling.decide(jobs("1"), {}, 0, IDLE_S) == [Cancel(("1",))]
 
 
+def test_a_node_that_is_coming_is_kept_while_work_waits_for_it() -> None:
+    scaling = Scaling(0, 8, 1, IDLE_S)
+    used = {"agent-1": Node(1, 0)}
+    for now in (0.0, IDLE_S, 2 * IDLE_S):
+        assert scaling.decide(jobs("1", "2"), used, 1, now) == []
+    assert scaling.decide(jobs("1", "2"), used, 0, 3 * IDLE_S) == [Cancel(("2",))]
+
+
 def test_some_nodes_may_be_kept_always() -> None:
     scaling = Scaling(1, 8, 4, IDLE_S)
     assert scaling.decide([], {}, 0, 0.0) == [Submit(1)]

@@ -183,6 +183,7 @@ OPTIONAL = {
     "distributed": ("wukong.scheduler.dask_*",),
     "ibverbs": ("wukong.rdma.verbs",),
     "matplotlib": ("wukong.report*",),
+    "parsl": ("wukong.rdma.batch",),
     "pyverbs": ("wukong.rdma.verbs",),
     "msgpack": ("wukong.storage.redis*",),
     "redis": ("wukong.storage.redis*",),

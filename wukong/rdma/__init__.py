@@ -11,19 +11,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# The first import of a module names it in its package, and `lease` shall be the function below.
+import wukong.rdma.lease  # noqa: F401 - for its effect
+
 if TYPE_CHECKING:
     from wukong.rdma.agent_main import AgentProcess
+    from wukong.rdma.batch import BatchAgents, SlurmAgents
     from wukong.rdma.client import Lease, lease
+else:
 
-__all__ = ["AgentProcess", "Lease", "lease"]
+    def lease(*args: Any, **kwargs: Any) -> Any:
+        """Lease executors: see `wukong.rdma.client.lease`."""
+        from wukong.rdma import client
+
+        return client.lease(*args, **kwargs)
+
+
+__all__ = ["AgentProcess", "BatchAgents", "Lease", "SlurmAgents", "lease"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what users call when they ask for it: an agent's executors need none of it."""
-    if name in ("Lease", "lease"):
-        from wukong.rdma import client
+    if name == "Lease":
+        from wukong.rdma.client import Lease
 
-        return getattr(client, name)
+        return Lease
+    if name in ("BatchAgents", "SlurmAgents"):
+        from wukong.rdma import batch
+
+        return getattr(batch, name)
     if name == "AgentProcess":
         from wukong.rdma.agent_main import AgentProcess
 

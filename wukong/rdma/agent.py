@@ -66,6 +66,7 @@ from wukong.rdma.registry import (
     remove_registration,
     write_registration,
 )
+from wukong.rdma.transport_verbs import missing
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class AgentSettings:
     """Modules that executors need not import."""
     grace_s: float = 5.0
     """What leases get when the agent is told to end."""
+    name: str = ""
+    """Under which it registers; "": one that nobody else has."""
     lifeline_fd: int = -1
     """A pipe whose end tells the agent to end at once; -1: none."""
 
@@ -136,7 +139,7 @@ class Agent:
         self._settings = settings
         self._secret = open_secret(settings.directory)
         self._key = agent_key(self._secret)
-        self._name = f"{socket.gethostname()}-{secrets.token_hex(6)}"
+        self._name = settings.name or f"{socket.gethostname()}-{secrets.token_hex(6)}"
         self._grants = Grants(
             settings.cores,
             settings.memory_bytes,
@@ -206,6 +209,7 @@ class Agent:
             self._selector.register(fd, selectors.EVENT_READ, fd)
         for module in self._settings.preload:
             importlib.import_module(module)
+        missing()  # imports the bindings of verbs, where there is a device
         # Garbage that is never collected leaves no holes, which children would fill by copying.
         gc.collect()
         gc.freeze()
@@ -250,7 +254,7 @@ class Agent:
             unix=unix.getsockname()[1:].decode(),
             tcp=tcp[0].getsockname()[:2] if tcp else None,
             is_tls=self._tls is not None,
-            transports=("shm", "tcp"),
+            transports=("shm", *(["verbs"] if not missing() else []), "tcp"),
             n_cores=len(self._settings.cores),
             n_free_cores=0 if self._is_ending else state[0],
             free_memory_bytes=state[1],

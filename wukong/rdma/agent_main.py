@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Be an agent until SIGTERM."""
     parser = argparse.ArgumentParser(prog="wukong agent", description="Leases this node's cores.")
     parser.add_argument("--directory", default=str(default_directory()), help="where to register")
+    parser.add_argument("--name", default="", help="under which to register; default: a new one")
     parser.add_argument("--cores", default="", help="numbers, as 0,1,2; default: all that are ours")
     parser.add_argument("--memory-bytes", type=int, default=0, help="that may be leased")
     parser.add_argument("--spares", type=int, default=2, help="executors that are ready in advance")
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cert=given.cert,
         preload=tuple(module for module in given.preload.split(",") if module),
         grace_s=given.grace_s,
+        name=given.name,
         lifeline_fd=0 if given.lifeline else -1,
     )
     Agent(settings).run()

@@ -236,7 +236,7 @@ def lease(
     *,
     hot: bool = False,
     directory: str | os.PathLike[str] | None = None,
-    transports: tuple[str, ...] = ("shm", "tcp"),
+    transports: tuple[str, ...] = ("shm", "verbs", "tcp"),
     arena_bytes: int = ARENA_BYTES,
     timeout_s: float = 30.0,
     retries: int = 0,

@@ -33,6 +33,7 @@ from wukong.errors import (
     FrameError,
     LeaseError,
     LeaseLost,
+    LeaseRefused,
     PayloadTooLarge,
     SecurityError,
     WukongError,
@@ -42,10 +43,12 @@ from wukong.executor.serialize_failures import encode_error, exit_error
 from wukong.rdma.frames import Frame, Kind
 from wukong.rdma.greeting import Talk
 from wukong.rdma.line import ArenaFull, Line, encode
+from wukong.rdma.ports import find_ports
 from wukong.rdma.shm import SharedArena, ShmEnd
 from wukong.rdma.spin import Spin
 from wukong.rdma.tcp import TcpEnd
 from wukong.rdma.transport import TransportEnd
+from wukong.rdma.transport_verbs import VerbsEnd, missing
 
 CONNECT_S = 60.0
 """An executor to which its client does not come ends."""
@@ -183,6 +186,10 @@ class LeasedExecutor:
             raise FrameError(f"an arena of {arena_bytes} bytes")
         if kind == "shm" and sock.family == socket.AF_UNIX:
             return ShmEnd(sock, SharedArena(arena_bytes))
+        if kind == "verbs":
+            if not (ports := find_ports()):
+                raise LeaseRefused(missing())
+            return VerbsEnd(sock, ports[0], arena_bytes)
         if kind == "tcp":
             return TcpEnd(sock, arena_bytes)
         raise FrameError(f"no such transport: {kind!r:.40}")
@@ -319,8 +326,10 @@ def be_spare(
         if os.getppid() != parent:
             os._exit(FAILED)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # A batch system warns all processes of a job; what is done about it is the agent's choice.
+        # No SIG_IGN, which programs that calls start would inherit.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # Its own group, so that what calls have started is killed together with it.
         os.setpgid(0, 0)

@@ -124,12 +124,14 @@ class Scaling:
         self, jobs: Sequence[Job], own: Mapping[str, Node], n_wanted_cores: int, now: float
     ) -> list[str]:
         """Jobs that nobody has needed for long enough, the newest first."""
-        n_spare = len(jobs) - max(self.nodes_min, -(-n_wanted_cores // self.cores_per_node))
+        in_use = {name: node for name, node in own.items() if node.n_free_cores < node.n_cores}
+        n_needed = n_wanted_cores - sum(node.n_free_cores for node in in_use.values())
+        n_needed = max(0, -(-n_needed // self.cores_per_node))
+        n_spare = min(len(jobs) - len(in_use) - n_needed, len(jobs) - self.nodes_min)
         idle_since: dict[str, float] = {}
         given_back: list[str] = []
         for job in reversed(jobs):
-            node = own.get(job.agent)
-            if node is not None and node.n_free_cores < node.n_cores:
+            if job.agent in in_use:
                 continue
             since = idle_since[job.job] = self._idle_since.get(job.job, now)
             if now - since >= self.idle_s and len(given_back) < n_spare:

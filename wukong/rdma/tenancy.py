@@ -35,14 +35,18 @@ from wukong.rdma.lease import (
 )
 from wukong.rdma.lease_wire import agent_key, from_json, line_key, to_json
 from wukong.rdma.line import Line, Outbox
+from wukong.rdma.ports import find_ports
 from wukong.rdma.registry import Registration, boot_id
 from wukong.rdma.shm import SharedArena, ShmEnd
 from wukong.rdma.tcp import TcpEnd
 from wukong.rdma.transport import TransportEnd
+from wukong.rdma.transport_verbs import VerbsEnd, missing
 
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+VERBS_ARENA_BYTES = 1 << 27
+"""At most: memory of verbs is pinned, whether it is used or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Tenancy:
         """The owner's: executors that get no further calls."""
         self.receipt: dict[str, Any] | None = None
         self._connector = connector
+        self._offered = agent.transports
         self._is_here = agent.boot == boot_id()
         self._lock = threading.Lock()
         """The owner's thread and `release` both step the holder."""
@@ -195,7 +200,10 @@ class Tenancy:
         address = json.loads(seat.address)
         failure: Exception = LeaseRefused("no transport is allowed")
         for kind in self._connector.transports:
-            if kind == "shm" and not self._is_here:
+            if (kind == "shm" and not self._is_here) or kind not in self._offered:
+                continue
+            # Also imports the bindings, for which an executor would not wait.
+            if kind == "verbs" and missing():
                 continue
             try:
                 return self._connect_by(kind, seat, address)
@@ -214,6 +222,8 @@ class Tenancy:
             lease = self._holder.lease
             talk = Talk(sock, line_key(connector.secret, lease, seat.epoch), is_server=False)
             arena_bytes = connector.arena.size_bytes
+            if kind == "verbs":
+                arena_bytes = min(arena_bytes, VERBS_ARENA_BYTES)
             talk.send(
                 {
                     "lease": lease,
@@ -223,7 +233,7 @@ class Tenancy:
                 }
             )
             answer, fds = talk.receive()
-            end = _end(kind, sock, connector)
+            end = _end(kind, sock, connector.arena, arena_bytes)
             talk.send({"offer": dict(end.offer)}, end.fds)
             transport = end.connect(answer.get("offer", {}), fds)
         except BaseException:
@@ -239,11 +249,13 @@ class Tenancy:
         self._talk.sock.close()
 
 
-def _end(kind: str, sock: socket.socket, connector: Connector) -> TransportEnd:
+def _end(kind: str, sock: socket.socket, arena: SharedArena, arena_bytes: int) -> TransportEnd:
     if kind == "shm":
-        return ShmEnd(sock, connector.arena)
+        return ShmEnd(sock, arena)
+    if kind == "verbs":
+        return VerbsEnd(sock, find_ports()[0], arena_bytes)
     if kind == "tcp":
-        return TcpEnd(sock, connector.arena.size_bytes)
+        return TcpEnd(sock, arena_bytes)
     raise FrameError(f"no such transport: {kind!r}")
 
 

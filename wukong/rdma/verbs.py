@@ -45,8 +45,7 @@ DEBIAN_PACKAGES = "/usr/lib/python3/dist-packages"
 T = TypeVar("T")
 
 _loading = threading.Lock()
-"""Importing pyverbs, and finding out which descriptors it has opened."""
-
+"""While bindings are imported, and while it is found out which descriptors pyverbs has opened."""
 
 # ---------------------------------------------------------------- bindings
 
@@ -106,8 +105,7 @@ def _load_pyverbs() -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules["pyverbs"] = module
         spec.loader.exec_module(module)
-    # The parts are extension modules: they fit this Python, or they do not.
-    import pyverbs.qp  # noqa: F401
+    import pyverbs.qp  # noqa: F401 - an extension module: it fits this Python, or it does not
 
 
 def _address_of(memory: mmap.mmap) -> int:
@@ -242,13 +240,17 @@ class _IbverbsPair:
 
     def arrivals(self) -> list[int]:
         completions = self._arrived.poll(16)
-        if not completions:
+        if not completions and not self._failure:
             return []
+        came = []
         for completion in completions:
             if not completion.is_success:
                 self._failure = self._failure or completion.status_str
-                raise LeaseLost(self.failure())
-        return [socket.ntohl(completion.imm_data) for completion in completions]
+                break
+            came.append(socket.ntohl(completion.imm_data))
+        if not came:
+            raise LeaseLost(self.failure())
+        return came
 
     def arm(self) -> None:
         self._arrived.req_notify()
@@ -273,7 +275,7 @@ class _IbverbsPair:
             self._pair.modify(int(self._ib.QPAttrMask.STATE), qp_state=state)
 
     def close(self) -> None:
-        # The library refuses to free what something else still hangs on, so: from the leaves.
+        # From the leaves: nothing is freed on which something else still hangs.
         for part in (
             *self._regions,
             self._pair,
@@ -428,13 +430,17 @@ class _PyverbsPair:
 
     def arrivals(self) -> list[int]:
         n, completions = self._arrived.poll(16)
-        if not n:
+        if not n and not self._failure:
             return []
+        came = []
         for completion in completions:
             if completion.status:
                 self._note(completion.status)
-                raise LeaseLost(self.failure())
-        return [completion.imm_data for completion in completions]
+                break
+            came.append(completion.imm_data)
+        if not came:
+            raise LeaseLost(self.failure())
+        return came
 
     def arm(self) -> None:
         self._arrived.req_notify()
