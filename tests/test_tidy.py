@@ -106,6 +106,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("wukong.scheduler.dask_cluster",),
     ("wukong.cluster*",),
     ("wukong.client", "wukong.aws*"),
+    ("wukong.cli_scheduler", "wukong.client_dask"),
     ("wukong",),
     ("wukong.workloads",),
     ("wukong.cli",),
@@ -163,7 +164,7 @@ IMPURE_STDLIB = {
 COMMON_PACKAGES = {"numpy", "dask"}
 # Other core dependencies: the patterns of the files that own them, at module level or in functions.
 OWNED = {
-    "click": ("wukong.cli", "wukong.*.commands"),
+    "click": ("wukong.cli*", "wukong.*.commands"),
     "cloudpickle": ("wukong.executor.serialize*",),
     "lmdb": ("wukong.storage.local*",),
     "packaging": ("wukong.aws.package", "wukong.scheduler.dask_server*"),
@@ -171,7 +172,10 @@ OWNED = {
     "yaml": ("wukong", "wukong.config"),
 }
 # Files that exist for an extra, and that others import in functions only: they import it anyhow.
-WHOLE = {"wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"}}
+WHOLE = {
+    "wukong.client_dask": {"distributed"},
+    "wukong.scheduler.dask_server*": {"distributed", "packaging", "tornado"},
+}
 # Packages of the extras: imported only inside functions of the files that own them.
 OPTIONAL = {
     "IPython": ("wukong.report*",),
@@ -180,7 +184,7 @@ OPTIONAL = {
     "boto3": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "botocore": ("wukong.aws*", "wukong.executor.aws_lambda*", "wukong.storage.s3*"),
     "dask_ml": ("wukong.workloads",),
-    "distributed": ("wukong.scheduler.dask_*",),
+    "distributed": ("wukong.cli_scheduler", "wukong.scheduler.dask_*"),
     "ibverbs": ("wukong.rdma.verbs",),
     "matplotlib": ("wukong.report*",),
     "parsl": ("wukong.rdma.batch",),

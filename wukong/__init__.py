@@ -28,6 +28,7 @@ from wukong.report import Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Client",
     "ExecutorCluster",
     "LambdaCluster",
     "LeasedCluster",
@@ -41,12 +42,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from wukong.client_dask import Client
     from wukong.cluster_futures import ExecutorCluster
     from wukong.cluster_lambda import LambdaCluster
     from wukong.cluster_leased import LeasedCluster
 
 # Imported at first use: who runs graphs on this machine shall not wait for them.
 _LATER = {
+    "Client": "wukong.client_dask",
     "ExecutorCluster": "wukong.cluster_futures",
     "LambdaCluster": "wukong.cluster_lambda",
     "LeasedCluster": "wukong.cluster_leased",

@@ -58,6 +58,7 @@ ELSEWHERE = {
     "agent": "wukong.rdma.commands:agent",
     "aws": "wukong.aws.commands:aws",
     "lambda-local": "wukong.aws.commands:lambda_local",
+    "scheduler": "wukong.cli_scheduler:scheduler",
 }
 
 

@@ -112,6 +112,11 @@ class DaskCluster:
         return self.serve()
 
     @property
+    def is_serving(self) -> bool:
+        """Whether there is a server that no client has shut down."""
+        return self._host is not None and self._host.is_serving
+
+    @property
     def loop(self) -> Any:
         """The loop for a client: the caller's, where it is in one, else the server's."""
         from tornado.ioloop import IOLoop

@@ -203,7 +203,8 @@ class DaskServer(KeyServer):
         for outbox in list(self.client_comms.values()):
             outbox.send({"op": "stream-closed"})
             await outbox.close()
-        await offload(self.session.close)
+        # In this thread: at the interpreter's end there are no others to be had.
+        self.session.close()
         self.executors.scratch.remove()
         self.looks.close_page()
         self.status = Status.closed

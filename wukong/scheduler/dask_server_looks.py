@@ -7,6 +7,7 @@ from when somebody first asks for the stream; before that they are only counted.
 from __future__ import annotations
 
 import html
+import socket
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -170,13 +171,15 @@ class Looks:
             def get(self) -> None:
                 self.write(looks.counters_page())
 
-        self._page = HTTPServer(Application([("/", Page), ("/status", Page)]))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._page.listen(PORT, host)
+            listening = socket.create_server((host.strip("[]"), PORT), family=family)
         except OSError:  # somebody has it; any other will do
-            self._page.listen(0, host)
-        sockets = list(self._page._sockets.values())
-        return int(sockets[0].getsockname()[1])
+            listening = socket.create_server((host.strip("[]"), 0), family=family)
+        listening.setblocking(False)
+        self._page = HTTPServer(Application([("/", Page), ("/status", Page)]))
+        self._page.add_sockets([listening])
+        return int(listening.getsockname()[1])
 
     def close_page(self) -> None:
         """Serve it no more."""
