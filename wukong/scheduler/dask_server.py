@@ -70,6 +70,8 @@ INLINE_TASKS = 100
 LOOK_S = 1.0
 """How often clients that have fallen silent are looked for."""
 
+FIRST_BEAT_S = 6.0
+"""A client's first heartbeat comes after the interval of its own configuration (5 s)."""
 KEPT_BYTES = 1 << 20
 """A graph of fewer pickled bytes is kept while its keys are, for clients that run a task again."""
 RESTART_S = 0.05
@@ -236,7 +238,7 @@ class DaskServer(KeyServer):
             return
         self.client_comms[client] = outbox
         holder = self.clients[client] = Holder(client, outbox.send)
-        holder.seen_at = time.monotonic()
+        holder.seen_at = time.monotonic() + FIRST_BEAT_S
         self.log_event(["all", client], {"action": "add-client", "client": client})
         for plugin in list(self.plugins.values()):
             await self.call_plugin(plugin, "add_client", scheduler=self, client=client)
@@ -261,7 +263,7 @@ class DaskServer(KeyServer):
     def client_heartbeat(self, client: str) -> None:
         """Note that a client lives, and tell it when to say so again."""
         if (holder := self.clients.get(client)) is not None:
-            holder.seen_at = time.monotonic()
+            holder.seen_at = max(holder.seen_at, time.monotonic())
             interval_s = max(0.2, float(config.get("dask.client-silence-s")) / 6)
             self.send(client, {"op": "adjust-heartbeat-interval", "interval": interval_s})
 
