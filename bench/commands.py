@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from bench import N_WORKERS, present, sides
+from bench import futures as futures_suite
 from bench import linalg as linalg_suite
 from bench import micro as micro_suite
 from bench.measure import Case, Comparison, compare
@@ -25,7 +26,6 @@ MICRO_TARGETS = [
         for cases in ("*independent*", "tree of 8,191*", "chain*", "fan*")
         for of, to, must, aim in (
             (sides.PROCESSES, sides.DISTRIBUTED, 1 / 40, 1 / 100),
-            (sides.REDIS, sides.DISTRIBUTED, 1 / 30, 1 / 60),
             (sides.THREADS, sides.DASK_THREADED, 0.35, 0.2),
         )
     ),
@@ -42,7 +42,7 @@ COMPARE_TARGETS = [
     for peer in (sides.DASK_THREADED, sides.DISTRIBUTED, *PEERS, sides.POOL)
 ]
 # A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
-LINALG_SIDES = [name for name in sides.LOCAL if name not in (sides.POOL, sides.DASK_GET)]
+LINALG_SIDES = [name for name in sides.ALL if name not in (sides.POOL, sides.DASK_GET)]
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -185,6 +185,41 @@ def scale(suites: tuple[str, ...], url: str | None, out: Path) -> None:
         records = [outcome.to_dict() for outcome in outcomes]
         present.write_records(out / f"scale-{name}.json", f"scale {name}", records)
         scale_suite.draw(out / f"scale-{name}.png", outcomes)
+
+
+@main.command()
+@common_options
+@click.option(
+    "--side",
+    "names",
+    multiple=True,
+    type=click.Choice(futures_suite.SIDES),
+    help="Sides; all by default.",
+)
+def futures(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...]) -> None:
+    """Futures of distributed's client, on Wukong's cluster and on its own; memory and age."""
+    present.show_header(console, "futures", rounds)
+    comparisons: list[Comparison] = []
+    quantities: list[present.Quantity] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status("starting the servers") as line,
+        futures_suite.open_served(names or futures_suite.SIDES, folder) as served,
+    ):
+        for case in futures_suite.cases():
+            if not only or any(text in case.name for text in only):
+                comparisons.append(futures_suite.compare_futures(case, served, rounds, line.update))
+        for name, measure in (("memory", futures_suite.held_memory), ("age", futures_suite.age)):
+            if not only or name in only:
+                quantities += measure(served, line.update)
+    if comparisons:
+        console.print(present.times_table(comparisons))
+        console.print(present.ratios_table(present.ratios(comparisons, futures_suite.TARGETS)))
+    if quantities:
+        console.print(present.quantities_table(quantities))
+    path = out / "futures.json"
+    present.write_json(path, "futures", comparisons, futures_suite.TARGETS, quantities=quantities)
+    console.print(f"written: {path}")
 
 
 def _chosen(cases: Sequence[Case], only: tuple[str, ...]) -> list[Case]:

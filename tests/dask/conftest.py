@@ -12,6 +12,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,11 @@ from tests.dask.accepted import reason_of
 distributed = pytest.importorskip("distributed")
 
 N_WORKERS = 2
+LEFT_BY_DISTRIBUTED = (
+    "ignore:unclosed:ResourceWarning",
+    "ignore:.*(socket|event loop|BaseEventLoop).*:pytest.PytestUnraisableExceptionWarning",
+)
+"""Warnings of what its clients leave to the collector, which may come in any later test."""
 IS_SERVED = hasattr(wukong.LocalCluster, "scheduler_address")
 """Whether Wukong's clusters have a server for `distributed.Client`."""
 
@@ -126,6 +132,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is known not to work with Wukong's clusters; it must fail then."""
     for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
+        for ignored in LEFT_BY_DISTRIBUTED:
+            item.add_marker(pytest.mark.filterwarnings(ignored))
         callspec = getattr(item, "callspec", None)
         backend = callspec.params.get("backend", "") if callspec is not None else ""
         if str(backend).startswith("wukong"):

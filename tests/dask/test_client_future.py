@@ -30,6 +30,22 @@ from tests.dask.client_tasks import (
 )
 
 
+def bound_method() -> Any:
+    return [1, 2].index
+
+
+def method_of_mine() -> Any:
+    return Path("x").exists
+
+
+def generic() -> Any:
+    return list[int]
+
+
+def lambda_of_none() -> Any:
+    return lambda: None
+
+
 def test_a_future_is_pending_until_it_is_done(client: Client, tmp_path: Path) -> None:
     path = str(tmp_path / "go")
     future = client.submit(gate, path, 5)
@@ -450,6 +466,16 @@ def test_values_come_back_as_they_are(client: Client, value: Any) -> None:
     got = client.submit(identity, value, pure=False).result()
     assert got == value
     assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "make", [bound_method, method_of_mine, generic, lambda_of_none], ids=lambda f: f.__name__
+)
+def test_values_of_types_without_a_name_come_back(client: Client, make: Any) -> None:
+    future = client.submit(make)
+    wait(future, timeout=10)
+    assert future.status == "finished"
+    assert callable(future.result())
 
 
 def test_a_large_result_is_an_input(client: Client) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from distributed.core import Server
-from distributed.sizeof import sizeof
+from distributed.sizeof import safe_sizeof
 
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_clients import Outbox
@@ -46,7 +46,10 @@ def pickled_type(kind: Any) -> bytes | None:
     """A type as a client can be told of it; None if it could not import it."""
     if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
         return None
-    return pickle.dumps(kind)
+    try:
+        return pickle.dumps(kind)
+    except Exception:  # types that have no name of their own, as that of bound methods
+        return None
 
 
 class KeyServer(Server):
@@ -141,7 +144,7 @@ class KeyServer(Server):
         for entry, value in zip(there, objects, strict=True):
             entry.type = pickled_type(type(value))  # type: ignore[arg-type]  # types hash
             if not entry.size_bytes:  # the store has the object itself
-                entry.size_bytes = int(sizeof(value))
+                entry.size_bytes = int(safe_sizeof(value))
 
     def show_transition(self, key: Key, state: str, facts: Mapping[str, object]) -> None:
         """Tell plugins that a key has got another state."""
