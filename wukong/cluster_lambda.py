@@ -76,10 +76,11 @@ class LambdaCluster(Cluster):
         silence_s = float(config.get("job.silence-s"))
         opened = open_store(store, blobs=blobs, silence_s=silence_s)
         self._has_s3 = blobs is not None
+        policy = executor_policy(is_measured=True, confirm=opened.may_roll_back, is_remote=True)
         fields: dict[str, object] = {
             "n_executors": n_workers,
             "silence_s": silence_s,
-            "policy": dataclasses.asdict(executor_policy(is_measured=True, is_remote=True)),
+            "policy": dataclasses.asdict(policy),
         }
         pool = LambdaInvoker(
             function,
