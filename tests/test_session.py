@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wukong.errors import JobCancelled
 from wukong.executor.pool import ProcessPool
 from wukong.executor.pool_threads import ThreadPool
 from wukong.executor.serialize_failures import Failure, Raised
@@ -199,6 +200,17 @@ def test_an_input_that_is_not_held_is_refused(client: Client) -> None:
     client.session.release([a])
     with pytest.raises(KeyError):
         client.extend({"b": (inc, "a")}, "b", a=a)
+
+
+def test_an_end_that_nobody_asked_for_is_told(client: Client) -> None:
+    gate = threading.Event()
+    (a,) = client.extend({"a": (gate.wait, LONG_S)}, "a")
+    client.store.jobs.cancel(client.session.job)
+    client.wait([a])
+    assert isinstance(client.news[a], Raised)
+    with pytest.raises(JobCancelled):
+        client.extend({"b": (inc, 1)}, "b")
+    gate.set()
 
 
 def test_nothing_grows_with_age(client: Client) -> None:

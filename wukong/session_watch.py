@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from operator import sub
 
 from wukong import trace
-from wukong.errors import InvokeError, StoreUnavailable
+from wukong.errors import InvokeError, JobCancelled, StoreUnavailable
 from wukong.executor.invoker import Invoker
-from wukong.executor.messages import BlobId, JobId, Located, Note, Status
+from wukong.executor.messages import BlobId, JobId, JobView, Located, Note, Status
 from wukong.executor.serialize_failures import Failure, Raised
 from wukong.executor.wire import Error, UnreadableExports, Wire
 from wukong.scheduler.calls import Call
@@ -107,7 +107,9 @@ class Watcher:
             try:
                 wait_s = max(0.0, self._sweep_at - time.monotonic())
                 view = self._jobs.wait(self._job, version, wait_s)
-                if self._is_stopped or view is None or view.status is not Status.RUNNING:
+                if view is None or view.status is not Status.RUNNING:
+                    if not self._is_stopped:
+                        self._report_end(view)
                     return
                 if view.version > version:
                     version = view.version
@@ -118,6 +120,20 @@ class Watcher:
             except StoreUnavailable as error:
                 logger.warning("session %s: the store does not answer (%s)", self._job, error)
                 time.sleep(RETRY_S)
+
+    def _report_end(self, view: JobView | None) -> None:
+        """The job is over, though nobody has closed the session: what is awaited will not come."""
+        if view is not None and view.error is not None:
+            error = self._wire.read_error(view.error)
+        else:
+            cause = JobCancelled(f"session {self._job} was ended, or lost by its store")
+            error = self._wire.failure(cause, -1)
+        logger.warning("session %s is over in the store; what it awaits is an error", self._job)
+        with self._books:
+            values = self._holdings.awaited()
+            self._books.notify_all()
+        if values:
+            self._on_news([News(values, 0, dict.fromkeys(values, error))])
 
     def _sweep(self) -> None:
         if time.monotonic() < self._sweep_at:

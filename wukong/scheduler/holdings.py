@@ -129,17 +129,19 @@ class Holdings:
 
     def pin(self, values: Iterable[int]) -> None:
         """Hold each value once more."""
+        pages, pinned = self._pages, self._pinned
         for value in values:
-            page, i = self._pages[value // PAGE], value % PAGE
-            n_pins = page.pins[i]
+            page, i = pages[value // PAGE], value % PAGE
+            pins = page.pins
+            n_pins = pins[i]
             if n_pins == MANY:
                 self._pinned_often[value] = self._pinned_often.get(value, 0) + 1
                 continue
-            page.pins[i] = n_pins + 1
+            pins[i] = n_pins + 1
             if n_pins == 0:
                 page.n_held += 1
                 export = page.exports[i]
-                self._pinned[export] = self._pinned.get(export, 0) + 1
+                pinned[export] = pinned.get(export, 0) + 1
 
     # -------------------------------------------------------------- what is known
 
@@ -187,6 +189,15 @@ class Holdings:
         if page is not None:
             page.states[value % PAGE] = bits
 
+    def awaited(self) -> list[int]:
+        """Values that are held and not recorded. Cost: O(values held)."""
+        return [
+            number * PAGE + i
+            for number, page in sorted(self._pages.items())
+            for i in range(PAGE)
+            if page.pins[i] and not page.states[i] & RECORDED
+        ]
+
     def n_held(self) -> int:
         """How many values are pinned."""
         return sum(page.n_held for page in self._pages.values())
@@ -226,6 +237,12 @@ class Holdings:
         for value in values:
             page, i = self._pages.get(value // PAGE), value % PAGE
             if page is None or not page.pins[i]:
+                continue
+            export = page.exports[i]
+            if page.pins[i] == 1 and page.n_held > 1 and self._pinned[export] > 1:
+                page.pins[i] = 0  # most of many that are released together
+                page.n_held -= 1
+                self._pinned[export] -= 1
                 continue
             often = self._pinned_often.pop(value, 0)
             n_pins = max(0, page.pins[i] + often - n_times)
