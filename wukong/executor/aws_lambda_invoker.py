@@ -218,6 +218,9 @@ class LambdaInvoker:
                 task.add_done_callback(tasks.discard)
             if tasks:
                 await asyncio.wait(tasks, timeout=CLOSE_S)
+        # Connections end in the loop's next rounds, not in the call that closes them.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     def _take(self) -> _Waiting | None:
         """The next payload; several as one after refusals."""
