@@ -26,6 +26,7 @@ MICRO_TARGETS = [
         for cases in ("*independent*", "tree of 8,191*", "chain*", "fan*")
         for of, to, must, aim in (
             (sides.PROCESSES, sides.DISTRIBUTED, 1 / 40, 1 / 100),
+            (sides.REDIS, sides.DISTRIBUTED, 1 / 30, 1 / 60),
             (sides.THREADS, sides.DASK_THREADED, 0.35, 0.2),
         )
     ),
@@ -42,7 +43,7 @@ COMPARE_TARGETS = [
     for peer in (sides.DASK_THREADED, sides.DISTRIBUTED, *PEERS, sides.POOL)
 ]
 # A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
-LINALG_SIDES = [name for name in sides.ALL if name not in (sides.POOL, sides.DASK_GET)]
+LINALG_SIDES = [name for name in sides.LOCAL if name not in (sides.POOL, sides.DASK_GET)]
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:

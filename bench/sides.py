@@ -22,19 +22,22 @@ import dask.multiprocessing
 import dask.threaded
 
 import wukong
+from bench import redis_server
 from bench.peers import LITHOPS, PEERS, RAY, CallPool, open_pool, open_ray
 
 Get: TypeAlias = Callable[..., object]
 
 PROCESSES = "wukong processes"
 THREADS = "wukong threads"
+REDIS = "wukong on Redis"
 DASK_GET = "dask.get"
 DASK_THREADED = "dask.threaded"
 DASK_MULTIPROCESSING = "dask.multiprocessing"
 DISTRIBUTED = "distributed"
 POOL = "ProcessPoolExecutor"
 
-ALL = (PROCESSES, THREADS, DASK_GET, DASK_THREADED, DASK_MULTIPROCESSING, DISTRIBUTED, POOL)
+LOCAL = (PROCESSES, THREADS, DASK_GET, DASK_THREADED, DASK_MULTIPROCESSING, DISTRIBUTED, POOL)
+ALL = (*LOCAL, REDIS) if redis_server.is_there() else LOCAL
 COMPARED = (PROCESSES, THREADS, DASK_THREADED, DISTRIBUTED, *PEERS, POOL)
 LITHOPS_TASKS_MAX = 200
 """Lithops looks for results once in a while: a map of ten calls takes seconds."""
@@ -89,6 +92,10 @@ def _open(name: str, n_workers: int, stack: ExitStack) -> Side:
         cluster = stack.enter_context(
             wukong.LocalCluster(n_workers=n_workers, processes=name == PROCESSES)
         )
+        return Side(name, cluster.get, cluster=cluster)
+    if name == REDIS:
+        url = stack.enter_context(redis_server.redis_server())
+        cluster = stack.enter_context(wukong.LocalCluster(n_workers=n_workers, store=url))
         return Side(name, cluster.get, cluster=cluster)
     if name == DASK_GET:
         return Side(name, dask.local.get_sync)

