@@ -151,6 +151,24 @@ def limits(rounds: int, only: tuple[str, ...], out: Path) -> None:
 
 
 @main.command()
+@common_options
+def leases(rounds: int, only: tuple[str, ...], out: Path) -> None:
+    """Leased executors beside bare ping-pongs and process pools; copies, and what kills leave."""
+    from bench.leases import LEASES
+
+    present.show_header(console, "leases", rounds)
+    quantities = []
+    for name, measure in LEASES.items():
+        if only and name not in only:
+            continue
+        with console.status(name):
+            quantities += measure(rounds)
+    console.print(present.quantities_table(quantities))
+    present.write_json(out / "leases.json", "leases", quantities=quantities)
+    console.print(f"written: {out / 'leases.json'}")
+
+
+@main.command()
 @click.argument("suites", nargs=-1)
 @click.option(
     "--store",

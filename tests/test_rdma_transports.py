@@ -191,7 +191,7 @@ def test_memory_that_its_owner_can_shrink_is_refused() -> None:
 
 def test_a_slot_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
     a, b = shm_pair(tmp_path)
-    a._out_words[a._out_slots[0][1]] = (1 << 32) + 1_000_000
+    a.out_words[a.out_slots[0][1]] = (1 << 32) + 1_000_000
     with pytest.raises(FrameError, match="in a slot"):
         b.poll()
     a.close()
@@ -339,7 +339,7 @@ def test_a_replayed_frame_is_refused(pair: Pair) -> None:
 
 def test_a_peer_that_releases_what_it_was_not_sent_is_refused(pair: Pair) -> None:
     a, b = lines(pair)
-    b._released.append(4096)
+    b.released.append(4096)
     b.flush_releases()
     with pytest.raises(FrameError, match="was not sent"):
         a.receive(5.0)

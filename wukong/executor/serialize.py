@@ -336,7 +336,7 @@ def is_plain(value: object) -> bool:
     """Whether C pickle is right for a value for sure, and a look at it tells."""
     kind = type(value)
     if kind is list or kind is tuple:
-        return all(type(item) in _PLAIN for item in value)  # type: ignore[attr-defined]  # a list
+        return _PLAIN.issuperset(map(type, value))  # type: ignore[call-overload]  # a list
     return kind in _PLAIN
 
 

@@ -1,4 +1,4 @@
-"""Starts an agent in a process of its own: `python -m wukong.rdma.agent_main`, and from Python.
+"""Starts an agent in a process of its own: `wukong agent`, and from Python.
 
 The process must have the environment of `agent_environment` before it begins: a BLAS reads the
 number of its threads once, and every executor has one core.
@@ -23,6 +23,7 @@ from wukong.executor.pool_launch import ALLOCATOR_VARIABLES, BLAS_VARIABLES, HAS
 from wukong.rdma.agent import Agent, AgentSettings
 from wukong.rdma.registry import default_directory, open_secret, read_registrations
 
+BOOT = "import sys; from wukong.rdma.agent_main import main; sys.exit(main())"
 START_S = 20.0
 MEMORY_PART = 0.8
 """Of the machine's memory, what is leased unless something else is said."""
@@ -40,7 +41,7 @@ def agent_environment() -> dict[str, str]:
 
 def agent_command(arguments: Sequence[str]) -> list[str]:
     """The command line of an agent's process."""
-    return [sys.executable, "-m", "wukong.rdma.agent_main", *arguments]
+    return [sys.executable, "-c", BOOT, *arguments]
 
 
 class AgentProcess:
@@ -133,7 +134,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     Agent(settings).run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

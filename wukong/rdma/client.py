@@ -32,6 +32,7 @@ from wukong.errors import (
     LeaseLost,
 )
 from wukong.executor.serialize_failures import decode_error
+from wukong.rdma import hot
 from wukong.rdma.calls import Call, LeasedSeat, LeaseFuture
 from wukong.rdma.frames import Kind
 from wukong.rdma.lease import Request
@@ -41,6 +42,8 @@ from wukong.rdma.registry import default_directory
 from wukong.rdma.seats import LOOK_S, Seats
 
 logger = logging.getLogger(__name__)
+
+_CALL = int(Kind.CALL)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,10 +81,15 @@ class Lease(Seats, concurrent.futures.Executor):
     def _exchange(self, seat: LeasedSeat, number: int, args: tuple[Any, ...]) -> Any:
         """One call, on a line that nobody else uses; `reading` is held."""
         line = seat.line
-        stream, buffers = encode(args)
         self._n_calls = call = self._n_calls + 1
         try:
-            line.send(Kind.CALL, call, stream, buffers, number)
+            if hot.post(line, _CALL, call, number, args):
+                result = hot.await_result(line, call)
+                if result is not hot.MISSED:
+                    return result
+            else:
+                stream, buffers = encode(args)
+                line.send(Kind.CALL, call, stream, buffers, number)
             frame = line.receive(3600.0, self._spin_s)
             while frame is None or frame.call != call:
                 if frame is not None:

@@ -124,9 +124,9 @@ class Line:
         self.outbox = outbox or Outbox(transport.outbox_bytes, transport.outbox)
         self.copied_bytes = 0
         """Bytes of buffers that were copied on their way out."""
-        self._epoch = epoch
-        self._lock = threading.Lock()
-        self._n_sent = self._n_received = 0
+        self.epoch = epoch
+        self.lock = threading.Lock()
+        self.n_sent = self.n_received = 0
         self._has_macs = not transport.is_private
         self._sign, self._verify = (hashlib.blake2b(key=key, digest_size=MAC_BYTES) for key in keys)
         mac_bytes = MAC_BYTES if self._has_macs else 0
@@ -137,7 +137,7 @@ class Line:
         """Offset of each buffer that the peer has -> the extent in which it lies, how often."""
         self._pins: dict[int, weakref.ref[Any]] = {}
         self._n_pins = 0
-        self._released: deque[int] = deque()
+        self.released: deque[int] = deque()
         """Extents of the inbox whose last view has died."""
 
     # -------------------------------------------------------------- sending
@@ -159,17 +159,17 @@ class Line:
             PayloadTooLarge: it can never be sent: the arena is smaller.
             LeaseLost: the peer is gone.
         """
-        with self._lock:
-            if buffers or self._released or len(stream) > self._stream_bytes:
+        with self.lock:
+            if buffers or self.released or len(stream) > self._stream_bytes:
                 self._send_with_tables(kind, call, stream, buffers, subject, deadline_s, flags)
                 return
-            serial = self._n_sent
+            serial = self.n_sent
             frame = (
                 HEAD.pack(
                     MAGIC,
                     kind,
                     flags,
-                    self._epoch,
+                    self.epoch,
                     serial,
                     call,
                     subject,
@@ -183,7 +183,7 @@ class Line:
             if self._has_macs:
                 frame += _mac(self._sign, frame)
             self.transport.post(frame)
-            self._n_sent = serial + 1
+            self.n_sent = serial + 1
 
     def _send_with_tables(
         self,
@@ -196,7 +196,7 @@ class Line:
         flags: int,
     ) -> None:
         views = [buffer.raw() for buffer in buffers]
-        releases = [self._released.popleft() for _ in range(min(len(self._released), MAX_RELEASES))]
+        releases = [self.released.popleft() for _ in range(min(len(self.released), MAX_RELEASES))]
         room_bytes = self._stream_bytes - 16 * len(views) - 8 * len(releases)
         if len(stream) > room_bytes:
             views.insert(0, memoryview(stream))
@@ -204,12 +204,12 @@ class Line:
         try:
             extents, parts = self._place(views)
         except LeaseError:
-            self._released.extendleft(reversed(releases))
+            self.released.extendleft(reversed(releases))
             raise
         frame = pack_frame(
             kind,
-            self._epoch,
-            self._n_sent,
+            self.epoch,
+            self.n_sent,
             call,
             stream,
             subject,
@@ -221,7 +221,7 @@ class Line:
         if self._has_macs:
             frame += _mac(self._sign, frame)
         self.transport.post(frame, parts)
-        self._n_sent += 1
+        self.n_sent += 1
 
     def _place(
         self, views: list[memoryview]
@@ -272,7 +272,7 @@ class Line:
 
     def flush_releases(self) -> None:
         """Tell the peer what it may use again, if no other frame has."""
-        while self._released:
+        while self.released:
             self.send(Kind.RELEASE, 0)
 
     # -------------------------------------------------------------- receiving
@@ -297,8 +297,8 @@ class Line:
             data, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
             if not hmac.compare_digest(mac, _mac(self._verify, data)):
                 raise FrameError("a frame that is not signed by the peer")
-        frame = parse_frame(data, self._epoch, self._n_received, self._inbox.nbytes)
-        self._n_received += 1
+        frame = parse_frame(data, self.epoch, self.n_received, self._inbox.nbytes)
+        self.n_received += 1
         if frame.releases:
             with self.outbox.lock:
                 for offset in frame.releases:
@@ -332,7 +332,7 @@ class Line:
             offset, size = extents.pop(0)
             # Copied before it is read: nobody changes it meanwhile.
             stream = bytes(self._inbox[offset : offset + size])
-            self._released.append(offset)
+            self.released.append(offset)
         buffers = [self._pinned(offset, size) for offset, size in extents]
         try:
             return pickle.loads(stream, buffers=buffers)
@@ -349,7 +349,7 @@ class Line:
         number = self._n_pins
         self._n_pins += 1
         # The finalizer may run anywhere in any thread: it does nothing that could wait.
-        pins, released = self._pins, self._released
+        pins, released = self._pins, self.released
 
         def unpin(_: object) -> None:
             released.append(offset)

@@ -284,7 +284,7 @@ class Seats:
             if self._n_deadlines:
                 self._look_at_deadlines()
             for seat in list(self._seats):
-                if seat.line._released and not seat.is_cut:
+                if seat.line.released and not seat.is_cut:
                     try:
                         seat.line.flush_releases()
                     except LeaseLost as error:

@@ -34,10 +34,10 @@ from wukong.rdma.transport import POST_S, QUEUE_FRAMES, Offer
 SLOT_BYTES = 16384
 _SLOTS_AT = 4096
 _QUEUE_BYTES = _SLOTS_AT + QUEUE_FRAMES * SLOT_BYTES
-_TAKEN, _ASLEEP = 0, 8
+TAKEN, ASLEEP = 0, 8
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # These see another processor's writes in the order in which they were made.
-_IS_ORDERED = platform.machine() in ("x86_64", "i686", "AMD64")
+IS_ORDERED = platform.machine() in ("x86_64", "i686", "AMD64")
 _SPINS = 256
 """Looks at the queue between two looks at the clock: some 20 us."""
 _LOOK_S = 0.01
@@ -112,7 +112,7 @@ class ShmEnd:
 
 
 class ShmTransport:
-    """See `wukong.rdma.transport.Transport`."""
+    """See `wukong.rdma.transport.Transport`. Its state is public for `wukong.rdma.hot` alone."""
 
     kind = "shm"
     is_private = True
@@ -130,23 +130,23 @@ class ShmTransport:
     ) -> None:
         self._sock = sock
         self._out, self._in = memoryview(outgoing), memoryview(incoming)
-        self._out_words = self._out.cast("Q")
-        self._in_words = self._in.cast("Q")
+        self.out_words = self._out.cast("Q")
+        self.in_words = self._in.cast("Q")
         self._outbox, self._inbox = memoryview(outbox), memoryview(inbox)
         self.outbox_bytes = len(outbox)
         self._bell_fd, self._their_bell_fd = bell_fd, their_bell_fd
-        self._fence = threading.Lock()
-        self._fence.acquire()
+        self.fence = threading.Lock()
+        self.fence.acquire()
         # Slices and indexes of all slots, made once: these are the most frequent operations.
-        self._out_slots = [_slot(self._out, number) for number in range(QUEUE_FRAMES)]
-        self._in_slots = [_slot(self._in, number) for number in range(QUEUE_FRAMES)]
-        self._n_posted = 0
-        self._out_turn = 1 << 32
-        self._n_room = QUEUE_FRAMES
+        self.out_slots = [_slot(self._out, number) for number in range(QUEUE_FRAMES)]
+        self.in_slots = [_slot(self._in, number) for number in range(QUEUE_FRAMES)]
+        self.n_posted = 0
+        self.out_turn = 1 << 32
+        self.n_room = QUEUE_FRAMES
         """Frames that may be posted before the reader's count must be looked at."""
-        self._n_taken = 0
-        self._due_slot, self._due_word = self._in_slots[0]
-        self._due_turn = 1 << 32
+        self.n_taken = 0
+        self.due_slot, self.due_word = self.in_slots[0]
+        self.due_turn = 1 << 32
         self._is_closed = False
         sock.setblocking(False)
 
@@ -164,28 +164,29 @@ class ShmTransport:
 
     def post(self, frame: bytes, extents: Sequence[tuple[int, memoryview]] = ()) -> None:
         """See `Transport.post`; the extents are where the peer sees them already."""
-        if not self._n_room:
+        if not self.n_room:
             self._await_room()
-        number = self._n_posted
-        slot, word = self._out_slots[number % QUEUE_FRAMES]
+        number = self.n_posted
+        slot, word = self.out_slots[number % QUEUE_FRAMES]
         size = len(frame)
         slot[:size] = frame
-        words, fence = self._out_words, self._fence
-        if not _IS_ORDERED:
+        words, fence = self.out_words, self.fence
+        if not IS_ORDERED:
             fence.release()
             fence.acquire()
-        words[word] = self._out_turn + size
-        self._n_posted = number = number + 1
+        words[word] = self.out_turn + size
+        self.n_posted = number = number + 1
         if not number % QUEUE_FRAMES:
-            self._out_turn += 1 << 32
-        self._n_room -= 1
+            self.out_turn += 1 << 32
+        self.n_room -= 1
         fence.release()
         fence.acquire()
-        if words[_ASLEEP]:
-            self._ring()
+        if words[ASLEEP]:
+            self.ring()
 
-    def _ring(self) -> None:
-        self._out_words[_ASLEEP] = 0
+    def ring(self) -> None:
+        """Wake the reader, who sleeps."""
+        self.out_words[ASLEEP] = 0
         try:
             os.eventfd_write(self._their_bell_fd, 1)
         except BlockingIOError:
@@ -196,11 +197,11 @@ class ShmTransport:
     def _await_room(self) -> None:
         give_up_at = time.monotonic() + POST_S
         while True:
-            n_under_way = self._n_posted - self._out_words[_TAKEN]
+            n_under_way = self.n_posted - self.out_words[TAKEN]
             if not 0 <= n_under_way <= QUEUE_FRAMES:
                 raise FrameError("the peer claims to have read what was not sent")
             if n_under_way < QUEUE_FRAMES:
-                self._n_room = QUEUE_FRAMES - n_under_way
+                self.n_room = QUEUE_FRAMES - n_under_way
                 return
             if self._is_closed or self._is_peer_gone():
                 raise LeaseLost("the peer is gone")
@@ -212,23 +213,23 @@ class ShmTransport:
 
     def poll(self) -> bytes | None:
         """See `Transport.poll`."""
-        size = self._in_words[self._due_word] - self._due_turn
+        size = self.in_words[self.due_word] - self.due_turn
         if size < 0:
             if self._is_closed:
                 raise LeaseLost("the connection is closed")
             return None
-        if not _IS_ORDERED:
-            self._fence.release()
-            self._fence.acquire()
+        if not IS_ORDERED:
+            self.fence.release()
+            self.fence.acquire()
         if size > SLOT_BYTES - 8:
             raise FrameError(f"a frame of {size} bytes in a slot of {SLOT_BYTES}")
-        frame = self._due_slot[:size].tobytes()
-        self._n_taken = n_taken = self._n_taken + 1
+        frame = self.due_slot[:size].tobytes()
+        self.n_taken = n_taken = self.n_taken + 1
         number = n_taken % QUEUE_FRAMES
-        self._due_slot, self._due_word = self._in_slots[number]
+        self.due_slot, self.due_word = self.in_slots[number]
         if not number:
-            self._due_turn += 1 << 32
-        self._in_words[_TAKEN] = n_taken
+            self.due_turn += 1 << 32
+        self.in_words[TAKEN] = n_taken
         return frame
 
     def wait(self, timeout_s: float, spin_s: float) -> bytes | None:
@@ -239,8 +240,8 @@ class ShmTransport:
         end_at = begun_at + timeout_s
         spin_until = min(end_at, begun_at + spin_s)
         look_at = begun_at + _LOOK_S
-        words = self._in_words
-        due_word, least = self._due_word, self._due_turn
+        words = self.in_words
+        due_word, least = self.due_word, self.due_turn
         while now < spin_until:
             for _ in range(_SPINS):
                 if words[due_word] >= least:
@@ -289,18 +290,18 @@ class ShmTransport:
 
     def arm(self) -> bool:
         """See `Transport.arm`."""
-        words = self._in_words
-        words[_ASLEEP] = 1
-        self._fence.release()
-        self._fence.acquire()
-        if words[self._due_word] >= self._due_turn:
-            words[_ASLEEP] = 0
+        words = self.in_words
+        words[ASLEEP] = 1
+        self.fence.release()
+        self.fence.acquire()
+        if words[self.due_word] >= self.due_turn:
+            words[ASLEEP] = 0
             return False
         return True
 
     def disarm(self) -> None:
         """See `Transport.disarm`."""
-        self._in_words[_ASLEEP] = 0
+        self.in_words[ASLEEP] = 0
         with contextlib.suppress(OSError):
             os.eventfd_read(self._bell_fd)
 
