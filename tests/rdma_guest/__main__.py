@@ -14,7 +14,9 @@ from tests.rdma_guest import guest
 PYTEST = '"$PYTHON" -m pytest -q -p no:cacheprovider tests/rdma_guest'
 PARTS = (
     [f"{PYTEST}/inside.py"],
+    [f"{PYTEST}/leases.py"],
     ['"$PYTHON" -m tests.rdma_guest.peer listen', f"{PYTEST}/across.py"],
+    ['"$PYTHON" -m tests.rdma_guest.latency'],
 )
 
 

@@ -299,8 +299,9 @@ class Seats:
             self._unwatch(seat)
             while (frame := seat.line.poll()) is not None:
                 self._handle(seat, frame)
-            if not seat.calls:
-                seat.line.transport.wait(0.0, 0.0)  # an end of the connection shows now
+            # An end of the connection shows now; or the answer to a call that was sent just now.
+            if not seat.calls and (frame := seat.line.receive(0.0)) is not None:
+                self._handle(seat, frame)
             self._watch(seat)
         except (LeaseLost, FrameError, OSError) as error:
             self._lost(seat, LeaseLost(str(error)))

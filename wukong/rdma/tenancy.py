@@ -44,7 +44,7 @@ from wukong.rdma.transport_verbs import VerbsEnd, missing
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 5.0
+CONNECT_S = 15.0
 VERBS_ARENA_BYTES = 1 << 27
 """At most: memory of verbs is pinned, whether it is used or not."""
 

@@ -188,13 +188,13 @@ class VerbsTransport:
         self._n_read = 0
         self._n_empty = 0
         self._is_armed = False
-        self._poll = select.poll()
-        for fd in self.filenos():
-            self._poll.register(fd, select.POLLIN)
-        # For the thread that posts, while another sleeps on the other one.
-        self._end_poll = select.poll()
-        for fd in self.filenos()[1:]:
-            self._end_poll.register(fd, select.POLLIN)
+        # Of the peer's end, and of the device's errors; and those together with arrivals.
+        self._ends = select.epoll()
+        self._events = select.epoll()
+        for fd in (pair.async_fd, sock.fileno()):
+            self._ends.register(fd, select.EPOLLIN)
+            self._events.register(fd, select.EPOLLIN)
+        self._events.register(pair.event_fd, select.EPOLLIN)
 
     # -------------------------------------------------------------- sending
 
@@ -248,7 +248,7 @@ class VerbsTransport:
         if deadline and now > deadline:
             raise self._lose(f"the peer has taken no frame for {POST_S} s")
         self._check()
-        if reason := self._peer_gone(self._end_poll):
+        if reason := self._peer_gone():
             raise self._lose(reason)
         time.sleep(nap_s)
         return deadline or now + POST_S
@@ -262,17 +262,17 @@ class VerbsTransport:
             if frame is None:
                 # Whoever polls all the time shall not ask the kernel each time.
                 self._n_empty = (self._n_empty + 1) % LOOK_POLLS
-                if not self._n_empty and self._is_over(self._end_poll):
+                if not self._n_empty and self._is_over():
                     frame = self._take()
             return frame
 
-    def _is_over(self, poll: select.poll) -> bool:
+    def _is_over(self) -> bool:
         """False: the peer lives. True: it does not, but what it sent has arrived.
 
         Raises:
             LeaseLost: it does not, and all that it sent has been read.
         """
-        reason = self._peer_gone(poll)
+        reason = self._peer_gone()
         if reason and not self._arrived:
             with contextlib.suppress(LeaseLost):
                 self._arrived.extend(self._pair.arrivals())
@@ -322,7 +322,7 @@ class VerbsTransport:
                     if (frame := self._take()) is not None:
                         return frame
                 now = time.monotonic()
-                if self._is_over(self._end_poll):
+                if self._is_over():
                     break
             while True:
                 self._arm()
@@ -331,7 +331,7 @@ class VerbsTransport:
                 left_s = min(deadline - time.monotonic(), LONGEST_SLEEP_S)
                 if left_s <= 0:
                     return None
-                told = self._poll.poll(left_s * 1000 + 1)
+                told = self._events.poll(left_s)
                 if told:
                     self._hear(told)
                     if (frame := self._take()) is not None:
@@ -343,21 +343,21 @@ class VerbsTransport:
             if fd == self._pair.event_fd:
                 self._take_event()
             else:
-                self._is_over(self._poll)
+                self._is_over()
 
     def _take_event(self) -> None:
         self._is_armed = False
         self._pair.take_event()
 
     def filenos(self) -> tuple[int, ...]:
-        """The completion channel, the device's events, and the socket."""
-        return self._pair.event_fd, self._pair.async_fd, self._sock.fileno()
+        """One that stands for the completion channel, the device's events and the socket."""
+        return (self._events.fileno(),)
 
     def arm(self) -> bool:
         """Have `filenos` tell of the next frame."""
         with self._reading:
             self._check()
-            if told := self._poll.poll(0):
+            if told := self._events.poll(0):
                 self._hear(told)
             self._arm()
             if not self._arrived:
@@ -382,9 +382,9 @@ class VerbsTransport:
         self._lost = self._lost or reason
         return LeaseLost(self._lost)
 
-    def _peer_gone(self, poll: select.poll) -> str:
+    def _peer_gone(self) -> str:
         """Why the peer cannot be reached any more; empty: it can."""
-        for fd, _ in poll.poll(0):
+        for fd, _ in self._ends.poll(0):
             if fd == self._pair.async_fd:
                 # A port that goes down, a device that is taken away, a refused access.
                 return f"the device reports an error; {self._pair.failure()}"
@@ -410,6 +410,8 @@ class VerbsTransport:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._reading, self._writing:
+            self._events.close()
+            self._ends.close()
             self._pair.close()
             self._sock.close()
 

@@ -1,0 +1,95 @@
+"""Round trips over verbs beside `ibv_rc_pingpong`, in turns, in one guest.
+
+`python -m tests.rdma_guest '"$PYTHON" -m tests.rdma_guest.latency'` compares with events, the way a
+warm lease waits. With `--hot` both poll, which needs two processors: `--backend qemu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from wukong.rdma import AgentProcess, Lease, lease
+
+SIZE_BYTES = 1024
+LIMIT = 4.0
+"""A ratio above it is a defect, on any machine; what is aimed at is said in the documentation."""
+
+
+def echo(payload: bytes) -> bytes:
+    """Run by the executor: nothing."""
+    return payload
+
+
+def pingpong_us(n: int, is_hot: bool) -> float:
+    """Microseconds of a round trip by rdma-core's own example."""
+    command = ["ibv_rc_pingpong", "-g", "1", "-s", str(SIZE_BYTES), "-n", str(n)]
+    command += [] if is_hot else ["-e"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    time.sleep(0.5)
+    shown = subprocess.run(
+        [*command, os.environ["GUEST_ADDRESS"]], capture_output=True, text=True, check=True
+    ).stdout
+    server.wait()
+    found = re.search(r"= ([\d.]+) usec/iter", shown)
+    assert found is not None, shown
+    return float(found[1])
+
+
+def call_us(executor: Lease, n: int) -> list[float]:
+    """Microseconds of each call."""
+    payload = os.urandom(SIZE_BYTES)
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        executor.call(echo, payload)
+        times.append((time.perf_counter() - start) * 1e6)
+    return sorted(times)
+
+
+def main() -> int:
+    """Measure, and print one line for each round and one for all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hot", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1000)
+    given = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        agent = AgentProcess(Path(folder) / "agents", 1, ["--preload", "numpy", "--spares", "1"])
+        with (
+            agent,
+            lease(
+                1,
+                hot=given.hot,
+                directory=agent.directory,
+                transports=("verbs",),
+                arena_bytes=1 << 20,
+            ) as executor,
+        ):
+            call_us(executor, 100)
+            for number in range(given.rounds):
+                bare_us = pingpong_us(given.calls, given.hot)
+                times = call_us(executor, given.calls)
+                p50_us, p99_us = times[len(times) // 2], times[len(times) * 99 // 100]
+                ratios.append(p50_us / bare_us)
+                sys.stdout.write(
+                    f"round {number}: ibv_rc_pingpong {bare_us:.0f} us, leased call p50"
+                    f" {p50_us:.0f} us, p99 {p99_us:.0f} us, ratio {ratios[-1]:.2f}\n"
+                )
+                sys.stdout.flush()
+    sys.stdout.write(f"ratios: least {min(ratios):.2f}, median {statistics.median(ratios):.2f}\n")
+    return 0 if min(ratios) < LIMIT else 1
+
+
+if __name__ == "__main__":
+    from tests.rdma_guest import latency
+
+    sys.exit(latency.main())
