@@ -134,7 +134,7 @@ def test_an_expired_lease_loses_its_queue_pairs(agent: AgentProcess) -> None:
     program = (
         "import os, signal\n"
         "from tests.rdma_guest.leases import double, lease\n"
-        f"held = lease(1, ttl_s=8.0, directory={str(agent.directory)!r}, transports=('verbs',),"
+        f"held = lease(1, ttl_s=20.0, directory={str(agent.directory)!r}, transports=('verbs',),"
         f" arena_bytes={ARENA_BYTES})\n"
         "assert held.call(double, 4) == 8\n"
         "os.kill(os.getpid(), signal.SIGSTOP)\n"
