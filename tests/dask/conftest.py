@@ -130,10 +130,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is known not to work with Wukong's clusters; it must fail then."""
+    """Mark all of it slow, and what is known not to work with Wukong's clusters."""
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue
+        item.add_marker(pytest.mark.slow)
         for ignored in LEFT_BY_DISTRIBUTED:
             item.add_marker(pytest.mark.filterwarnings(ignored))
         callspec = getattr(item, "callspec", None)
