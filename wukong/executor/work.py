@@ -141,6 +141,8 @@ def choose_pieces(
     rest = overdue.edges
     if work.n_deaths or (is_draining and work.is_once):
         return None
+    if work.is_putting:
+        return None  # what is being put now belongs to this attempt, and not to a piece (seed 168)
     all_stay = [0] * len(rest.tasks)
     if is_draining:
         return all_stay  # others go on, with the running task too

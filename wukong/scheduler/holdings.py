@@ -344,7 +344,7 @@ class Holdings:
         for strand in strands:
             work = self.work[strand]
             work.frail.clear()
-            work.is_cut = False
+            work.is_cut = True  # it may make values, too, that nobody reads again (seed 1819)
             for spec in work.part.exports:
                 if not spec.requested:
                     continue

@@ -122,6 +122,7 @@ class SimSession:
             yield from self._look()
         yield from self._read_values()
         yield from self._release(sorted(self.pinned), len(self._world.setting.reads))
+        yield from self._take_news()
         while self._read or self._deleted:
             yield from self._take_news()
         self._checker.check_nothing_is_left(store.rows.tables)
