@@ -44,7 +44,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=() if k == "standalone" else pytest.mark.slow) for k in KINDS],
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server | ServerCluster]:
     with tempfile.TemporaryDirectory() as folder:
         server = KINDS[request.param](Path(folder))
