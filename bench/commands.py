@@ -15,7 +15,7 @@ from bench import micro as micro_suite
 from bench.measure import Case, Comparison, compare
 from bench.peers import PEERS
 from bench.present import Target
-from bench.service import measure_service
+from bench.service import Service, measure_service
 from wukong.storage import open_store
 
 console = Console()
@@ -177,13 +177,22 @@ def leases(rounds: int, only: tuple[str, ...], out: Path) -> None:
     help="Measure a commit's service time there, e.g. redis://127.0.0.1; the embedded store else.",
 )
 @click.option(
+    "--service-us",
+    nargs=2,
+    type=float,
+    metavar="COMMIT ROW",
+    help="Microseconds of a commit and of each row, instead of measuring them: the same numbers.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bench/results"),
     show_default=True,
     help="Folder of the JSON files and the plots.",
 )
-def scale(suites: tuple[str, ...], url: str | None, out: Path) -> None:
+def scale(
+    suites: tuple[str, ...], url: str | None, service_us: tuple[float, float] | None, out: Path
+) -> None:
     """Ten thousand executors and more, in simulation; SUITES: tree strong weak gemm ..."""
     from bench import scale as scale_suite
     from bench.scale_workloads import SUITES
@@ -191,11 +200,16 @@ def scale(suites: tuple[str, ...], url: str | None, out: Path) -> None:
     unknown = set(suites) - SUITES.keys()
     if unknown:
         raise click.UsageError(f"no suite {', '.join(unknown)}; there are: {', '.join(SUITES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        service = measure_service(open_store(url or f"local://{folder}/store"), 20)
+    if service_us is None:
+        with tempfile.TemporaryDirectory() as folder:
+            service = measure_service(open_store(url or f"local://{folder}/store"), 20)
+        where = url or "embedded store"
+    else:
+        service = Service(service_us[0] * 1e-6, service_us[1] * 1e-6)
+        where = "given"
     console.print(
         f"[bold]bench scale[/]: a commit occupies the server for {service.fixed_s * 1e6:.0f} us "
-        f"and {service.row_s * 1e6:.1f} us a row ({url or 'embedded store'})"
+        f"and {service.row_s * 1e6:.1f} us a row ({where})"
     )
     for name in suites or SUITES:
         with console.status(name) as line:
