@@ -430,10 +430,7 @@ class ExecutorCore:
         work = self._held()
         if work.doomed:
             return [Resume(work.part, 0)]
-        # What is being put early would be put again: later (seed 5 of open jobs).
-        piece_of = None
-        if not work.is_putting:
-            piece_of = choose_pieces(work, overdue, self.policy, now, self.is_draining)
+        piece_of = choose_pieces(work, overdue, self.policy, now, self.is_draining)
         if piece_of is None:
             return [Resume(work.part, task_limit(work))]
         self._overdue = True
