@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 _GRAINS_PER_WORKER = 4  # the caller's grain is total cost / (4 workers)
 _OVERFULL = 1.25  # tasks that only continue a strand may exceed the grain so far: fewer stumps
 _STUFFED = 2.0  # small ones so far: what a costly task has made is mostly taken apart by them
-_LITTLE = 1 / 8  # of the mean task's cost: a small task
+_LITTLE = 1 / 8  # of the mean task's cost: a small task; of a lone task's: what it takes in
 _SMALL = 0.25  # of a grain: strands up to this cost, together, are merged into their only reader
 _SUNK_PER_TASK = 8  # a strand takes in so many tasks for each of its own: a fan-in stays a fan-in
 _STRAND_COST = 1 / 32  # of a grain: what a strand adds to the estimated makespan
@@ -309,8 +309,11 @@ def _sink(graph: _Graph, strand_of: _Ints, cost: _Floats, wanted: _Marks, grain:
     movable[graph.readers[adds]] = False
     chosen = np.flatnonzero(movable)[::-1]
     size = np.bincount(strand_of, weights=cost, minlength=n_strands)
-    room = (grain * _OVERFULL - size).tolist()
-    places = (np.bincount(strand_of, minlength=n_strands) * _SUNK_PER_TASK).tolist()
+    n_own = np.bincount(strand_of, minlength=n_strands)
+    # A task above the grain takes in its small inputs all the same: nobody else could run them.
+    least = np.where(n_own == 1, _LITTLE * size, 0.0)
+    room = np.maximum(grain * _OVERFULL - size, least).tolist()
+    places = (n_own * _SUNK_PER_TASK).tolist()
     sunk = strand_of.copy()
     for t, k, own in zip(
         chosen.tolist(), last[chosen].tolist(), cost[chosen].tolist(), strict=True
