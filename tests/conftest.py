@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 
@@ -149,3 +150,9 @@ def moto_url() -> Iterator[str]:
     needs("moto", "boto3", "aiobotocore")
     with start_moto() as url:
         yield url
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_client_of_another_module() -> None:
+    """A client that another module has left open is not Dask's default scheduler here."""
+    dask.config.config.pop("scheduler", None)

@@ -1,6 +1,7 @@
 """Dask's collections, callbacks and downstream libraries give what Dask's own schedulers give."""
 
 import contextvars
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -410,3 +411,12 @@ class NotToBeUnpickled:
 def test_what_unpickling_raises_comes_back_as_itself() -> None:
     with wukong.LocalCluster(n_workers=1) as cluster, pytest.raises(ValueError, match="not here"):
         cluster.get({"x": (bool, NotToBeUnpickled())}, "x")
+
+
+@pytest.mark.slow
+def test_a_task_may_use_a_manager_of_multiprocessing() -> None:
+    with multiprocessing.Manager() as manager, wukong.LocalCluster(2) as cluster:
+        shared = manager.dict()
+        graph = {f"k{i}": (shared.__setitem__, i, 2 * i) for i in range(3)}
+        cluster.get(graph, list(graph))
+        assert dict(shared) == {0: 0, 1: 2, 2: 4}

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.process import current_process
 from pathlib import Path
 
 from dask.system import CPU_COUNT
@@ -77,7 +78,11 @@ class ZygoteLink:
             undo.pop_all()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         self._send_bytes(json.dumps(path).encode())
-        self._send_bytes(pickle.dumps(replace(settings, lifeline_fd=lifeline_read)))
+        # A private pair of sockets carries it; never arguments or the environment.
+        settings = replace(
+            settings, lifeline_fd=lifeline_read, authkey=bytes(current_process().authkey)
+        )
+        self._send_bytes(pickle.dumps(settings))
 
     def send(self, *message: object) -> None:
         """Command the zygote; nothing happens when it is dead."""

@@ -33,6 +33,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import current_process
 from typing import NoReturn
 
 from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
@@ -83,6 +84,8 @@ class Settings:
     handed_fd: int
     """The pool's own queue of tokens; negative: the store is the queue."""
     lifeline_fd: int
+    authkey: bytes = b""
+    """The client's key of `multiprocessing`, which proxies of its managers in tasks need."""
 
 
 def run_executor(seat: ProcessSeat, settings: Settings) -> None:
@@ -123,6 +126,7 @@ def main(control: socket.socket) -> NoReturn:
     status = 0
     try:
         settings: Settings = pickle.loads(control.recv(MESSAGE_BYTES))
+        current_process().authkey = settings.authkey
         Zygote(control, settings).run()
     except BaseException:
         status = FAILED
