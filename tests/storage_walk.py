@@ -24,7 +24,7 @@ from wukong.executor.messages import (
     Restart,
     Spawn,
 )
-from wukong.storage.rows import ExportRow, JobRow, TokenRow
+from wukong.storage.rows import ExportRow, JobRow, TokenRow, WaitingRow
 
 N_ENTRIES = 4
 N_STATIC = 40
@@ -212,6 +212,7 @@ class Walk:
             outputs=outputs,
             spawns=spawns,
             consumed=inputs,
+            absorbed=self.absorbed() if token.job == OPEN else (),
             retained=retained,
             n_tasks=self.random.randrange(3),
             failed=b"error" if token.job != OPEN and self.random.random() < 0.01 else None,
@@ -319,6 +320,21 @@ class Walk:
         blob = f"open/a/{tasks[0]}" if tasks and self.random.random() < 0.3 else None
         made = (entry(*tasks, blob=blob),) if tasks else ()
         return (Output(row.base, made, 2, 1, True, ()),) if made else ()
+
+    def absorbed(self) -> tuple[str, ...]:
+        """Seldom, a waiting strand that alone reads what is not written; or one that is gone."""
+        if self.random.random() < 0.8:
+            return ()
+        exports = self.open_exports()
+        found = ["0.0"]
+        for (code, strand), row in sorted(self.model.rows(OPEN).items()):
+            if code != "w":
+                continue
+            inputs = [exports.get(e) for e in cast("WaitingRow", row).inputs]
+            unwritten = [e for e in inputs if e is not None and not e.entries]
+            if all(e.n_consumers - e.requested == 1 for e in unwritten):
+                found.append(strand)
+        return (self.random.choice(found),)
 
     def unpin(self) -> None:
         self.both("unpin", OPEN, self.random.sample(["1.0", "2.0", "3.0", "5.0", "8.0"], 2))

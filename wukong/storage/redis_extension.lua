@@ -33,7 +33,10 @@ end
 
 -- Whether everything that an extension builds on is in the store.
 local function is_founded()
-  local kept = {}
+  local kept, own = {}, {}
+  for _, new in ipairs(request.exports) do
+    own[new[1]] = true
+  end
   if request.restart then
     for _, survivor in ipairs(request.restart[2]) do
       if not is_complete(survivor[1]) then
@@ -45,11 +48,13 @@ local function is_founded()
   for _, new in ipairs(request.strands) do
     for _, edge in ipairs(new[3]) do
       local export = edge[1]
-      if request.restart and not kept[export] then
-        return false
-      end
-      if not request.restart and call('HEXISTS', E, export) == 0 then
-        return false
+      if not own[export] then
+        if request.restart and not kept[export] then
+          return false
+        end
+        if not request.restart and call('HEXISTS', E, export) == 0 then
+          return false
+        end
       end
     end
   end
@@ -235,10 +240,7 @@ function operations.drop()
   end
   for _, export in ipairs(doomed) do
     local row = get(E, export)
-    if row then
-      if row.requested and row.n_left > 0 then
-        job.n_requested = job.n_requested - 1
-      end
+    if row and not row.requested then
       discard(job, export, row)
     end
   end

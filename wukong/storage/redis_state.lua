@@ -186,6 +186,18 @@ local function count_programs(row)
   end
 end
 
+-- What an absorbed strand has read in its executor's memory will never be recorded.
+local function forget_unwritten(strand)
+  local waiting = get(W, strand)
+  for _, export in ipairs(waiting and waiting.inputs or {}) do
+    local row = get(E, export)
+    if row and row.n_entries == 0 then
+      call('HDEL', E, export)
+      call('HDEL', V, export)
+    end
+  end
+end
+
 -- Makes tokens of the strands that miss nothing; the committer becomes one of them.
 local function mint(job, ready)
   local granted, invoke, minted, become = false, {}, {}, 0
@@ -248,6 +260,9 @@ local function apply(job, token)
     count_consumers(job, export, -1)
   end
   for _, strand in ipairs(request.absorbed) do
+    if job.is_open then
+      forget_unwritten(strand)
+    end
     call('HDEL', W, strand)
     call('HDEL', A, strand)
   end
