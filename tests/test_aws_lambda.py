@@ -218,17 +218,24 @@ def test_a_service_that_is_killed_and_started_again_ends_the_job_right(
         with dask.config.set({"wukong.job.silence-s": 1.0, "wukong.executor.heartbeat-s": 0.2}):
             cluster = world.cluster(url)
 
+            is_over = threading.Event()
+
             def replace() -> None:
-                wait_until(lambda: marks(mark) >= 4)
+                wait_until(lambda: marks(mark) >= 4 or is_over.is_set())
+                if is_over.is_set():
+                    return  # the job has failed: its thread shall not fail another test
                 processes[0].kill()
                 processes[0].wait()
                 begin(url.rpartition(":")[2])
 
             other = threading.Thread(target=replace)
             other.start()
-            leaves = [nap(i, 0.2, str(mark)) for i in range(20)]
-            assert total(leaves).compute(scheduler=cluster.get) == sum(range(20))
-            other.join()
+            try:
+                leaves = [nap(i, 0.2, str(mark)) for i in range(20)]
+                assert total(leaves).compute(scheduler=cluster.get) == sum(range(20))
+            finally:
+                is_over.set()
+                other.join()
         assert len(processes) == 2
     finally:
         for process in processes:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -357,6 +358,29 @@ def test_a_killed_executor_fails_its_calls_and_is_replaced(agent: AgentProcess) 
         with pytest.raises(LeaseLost):
             lost.result(10)
         assert executors.submit(pid_after).result(10) != pid
+
+
+def test_a_line_that_is_cut_as_its_reader_begins_fails_its_calls(
+    agent: AgentProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lease(1, directory=agent.directory) as executors:
+        lost = executors.submit(pid_after, 5.0)
+        (seat,) = executors._seats
+        transport = seat.line.transport
+        filenos = transport.filenos
+        cutter = threading.Thread(target=executors._lost, args=(seat, LeaseLost("cut")))
+
+        def filenos_and_cut() -> tuple[int, ...]:
+            found = filenos()
+            if cutter.ident is None:
+                cutter.start()
+                cutter.join(0.3)
+            return found
+
+        monkeypatch.setattr(transport, "filenos", filenos_and_cut)
+        with pytest.raises(LeaseLost, match="cut"):
+            lost.result(10)
+        cutter.join()
 
 
 def test_a_call_that_may_be_repeated_outlives_its_executor(

@@ -215,8 +215,7 @@ class Seats:
     def _watch(self, seat: LeasedSeat) -> None:
         """Be told of the next frame; what is there already is handled. `reading` is held."""
         while seat.calls:
-            bell = seat.line.transport.filenos()[0]
-            self._epoll.modify(bell, select.EPOLLIN | select.EPOLLET)
+            self._listen_for(seat, select.EPOLLIN)
             seat.is_watched = True
             if seat.line.transport.arm():
                 return
@@ -227,8 +226,15 @@ class Seats:
     def _unwatch(self, seat: LeasedSeat) -> None:
         if seat.is_watched:
             seat.is_watched = False
-            self._epoll.modify(seat.line.transport.filenos()[0], select.EPOLLRDHUP | select.EPOLLET)
+            self._listen_for(seat, select.EPOLLRDHUP)
             seat.line.transport.disarm()
+
+    def _listen_for(self, seat: LeasedSeat, events: int) -> None:
+        with self._lock:
+            # A line is closed after its seat is cut: until then its descriptors are its own.
+            if seat.is_cut:
+                raise LeaseLost("the connection is closed")
+            self._epoll.modify(seat.line.transport.filenos()[0], events | select.EPOLLET)
 
     def _handle(self, seat: LeasedSeat, frame: Frame) -> None:
         """Take a frame of an executor; `reading` is held."""

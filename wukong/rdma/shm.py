@@ -148,6 +148,8 @@ class ShmTransport:
         self.due_slot, self.due_word = self.in_slots[0]
         self.due_turn = 1 << 32
         self._is_closed = False
+        self._closing = threading.Lock()
+        """Held while a descriptor is used that another thread may close; never while waiting."""
         sock.setblocking(False)
 
     @property
@@ -187,12 +189,15 @@ class ShmTransport:
     def ring(self) -> None:
         """Wake the reader, who sleeps."""
         self.out_words[ASLEEP] = 0
-        try:
-            os.eventfd_write(self._their_bell_fd, 1)
-        except BlockingIOError:
-            pass  # rung more often than it can count
-        except OSError as error:
-            raise LeaseLost("the connection is closed") from error
+        with self._closing:
+            if self._is_closed:
+                raise LeaseLost("the connection is closed")
+            try:
+                os.eventfd_write(self._their_bell_fd, 1)
+            except BlockingIOError:
+                pass  # rung more often than it can count
+            except OSError as error:
+                raise LeaseLost("the connection is closed") from error
 
     def _await_room(self) -> None:
         give_up_at = time.monotonic() + POST_S
@@ -284,9 +289,10 @@ class ShmTransport:
 
     def filenos(self) -> tuple[int, ...]:
         """See `Transport.filenos`."""
-        if self._is_closed:
-            raise LeaseLost("the connection is closed")
-        return self._bell_fd, self._sock.fileno()
+        with self._closing:
+            if self._is_closed:
+                raise LeaseLost("the connection is closed")
+            return self._bell_fd, self._sock.fileno()
 
     def arm(self) -> bool:
         """See `Transport.arm`."""
@@ -302,19 +308,21 @@ class ShmTransport:
     def disarm(self) -> None:
         """See `Transport.disarm`."""
         self.in_words[ASLEEP] = 0
-        with contextlib.suppress(OSError):
-            os.eventfd_read(self._bell_fd)
+        with self._closing, contextlib.suppress(OSError):
+            if not self._is_closed:
+                os.eventfd_read(self._bell_fd)
 
     def close(self) -> None:
         """See `Transport.close`."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that sleeps on it
-        self._sock.close()
-        os.close(self._bell_fd)
-        os.close(self._their_bell_fd)
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that sleeps on it
+            self._sock.close()
+            os.close(self._bell_fd)
+            os.close(self._their_bell_fd)
 
 
 def _slot(queue: memoryview, number: int) -> tuple[memoryview, int]:
