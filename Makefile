@@ -29,8 +29,7 @@ check: venv
 
 test: check servers
 	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m "slow"
-	$(MAKE) test-rdma
+	$(BIN)/python -m pytest -q -m "slow" --reruns 2 --reruns-delay 1
 
 # What needs an RDMA device, in a guest kernel that has one; builds that kernel once.
 test-rdma: venv
