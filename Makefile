@@ -28,7 +28,7 @@ check: venv
 	$(BIN)/mypy
 
 test: check servers
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --reruns 2 --reruns-delay 1
 	$(BIN)/python -m pytest -q -m "slow" --reruns 2 --reruns-delay 1
 
 # What needs an RDMA device, in a guest kernel that has one; builds that kernel once.
