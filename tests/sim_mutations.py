@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wukong.executor import core, outputs, split
+from wukong.executor import core, outputs, split, work
 from wukong.executor.core import ExecutorCore
 from wukong.executor.events import Delete, PutValues, Renew, Run
 from wukong.executor.messages import Absorbed, Commit, Entry, Receipt, Refused, TokenId
@@ -380,11 +380,11 @@ def pieces_do_not_wait_for_each_other(patch: Patch) -> None:
 def the_running_task_is_given_away(patch: Patch) -> None:
     real = split.cut_rest
 
-    def cut_rest(rest: Any, n_executors: int) -> list[int]:
-        pieces = real(rest, n_executors)
+    def cut_rest(rest: Any, n_executors: int, all_away: bool = False) -> list[int]:
+        pieces = real(rest, n_executors, all_away)
         return [max(pieces), *pieces[1:]]
 
-    patch.setattr(core, "cut_rest", cut_rest)
+    patch.setattr(work, "cut_rest", cut_rest)
 
 
 @mutation
