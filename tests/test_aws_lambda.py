@@ -1,5 +1,6 @@
 """Executors as functions: jobs on the local Lambda service, with real runtime clients."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -208,7 +209,9 @@ def test_a_service_that_is_killed_and_started_again_ends_the_job_right(
 
     def begin(port: str) -> str:
         command = [sys.executable, "-c", SERVE, world.store, str(tmp_path / "service"), port]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # The functions' processes find this repository's modules where their service does.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         processes.append(process)
         assert process.stdout is not None
         return process.stdout.readline().strip()
