@@ -16,6 +16,7 @@ from bench.measure import Case, Comparison, compare
 from bench.peers import PEERS
 from bench.present import Target
 from bench.service import Service, measure_service
+from wukong.sim.schemes import SCHEMES
 from wukong.storage import open_store
 
 console = Console()
@@ -166,6 +167,37 @@ def leases(rounds: int, only: tuple[str, ...], out: Path) -> None:
     console.print(present.quantities_table(quantities))
     present.write_json(out / "leases.json", "leases", quantities=quantities)
     console.print(f"written: {out / 'leases.json'}")
+
+
+@main.command()
+@common_options
+@click.option(
+    "--scheme",
+    "names",
+    multiple=True,
+    type=click.Choice(list(SCHEMES)),
+    help="Schemes; all by default.",
+)
+def baselines(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...]) -> None:
+    """Ours, ours without each idea, and the ideas of others, on one engine; everything counted."""
+    from bench import baselines as suite
+
+    present.show_header(console, "baselines", rounds)
+    outcomes: list[suite.Outcome] = []
+    with (
+        console.status("opening the schemes") as line,
+        suite.open_schemes(names or list(SCHEMES)) as clusters,
+    ):
+        for case in suite.cases(only):
+            outcomes += suite.run_case(case, clusters, rounds, line.update)
+    Console(width=max(console.width, 120)).print(suite.table(outcomes))
+    ratios = suite.operation_ratios(outcomes)
+    for name, ratio in ratios.items():
+        state = "green" if ratio <= suite.OPERATIONS_MUST else "bold red"
+        console.print(f"{name}: operations of ours / wukong2020 [{state}]1/{1 / ratio:.0f}[/]")
+    records = {"outcomes": [o.to_dict() for o in outcomes], "operation_ratios": ratios}
+    present.write_records(out / "baselines.json", "baselines", records)
+    console.print(f"written: {out / 'baselines.json'}")
 
 
 @main.command()

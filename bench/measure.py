@@ -5,6 +5,7 @@ machine does in the meantime hits all of them alike.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,7 @@ def compare(
     n_rounds: int,
     tell: Callable[[str], None],
     is_metered: bool = False,
+    limit_s: float = math.inf,
 ) -> Comparison:
     """Time the case on every side, in turns.
 
@@ -130,6 +132,8 @@ def compare(
         n_rounds: measurements of each side.
         tell: is told what happens now, for a progress line.
         is_metered: count CPU seconds and memory too.
+        limit_s: of the rounds of one side together; one that has used it up begins no further
+            round, so that what it has is what was measured, and the others go on.
     """
     able, absent = [], []
     for side in sides:
@@ -149,6 +153,8 @@ def compare(
     for number in range(n_rounds):
         first = number % len(able)
         for side in able[first:] + able[:first]:
+            if number and sum(seconds[side.name]) * case.n_calls > limit_s:
+                continue
             tell(f"{case.name}: round {number + 1} of {n_rounds}, {side.name}")
             with metered() if is_metered else nullcontext(Usage()) as usage:
                 seconds[side.name].append(_time(case, side, number))

@@ -78,7 +78,7 @@ def times_table(comparisons: Sequence[Comparison]) -> Table:
     for side in names:
         table.add_column(HEADINGS.get(side, side), justify="right", no_wrap=True)
     for comparison in comparisons:
-        cells = {timing.side: _seconds(timing.median_s) for timing in comparison.timings}
+        cells = {timing.side: seconds_text(timing.median_s) for timing in comparison.timings}
         table.add_row(comparison.case, *(cells.get(side, "") for side in names))
     return table
 
@@ -95,9 +95,9 @@ def usage_table(comparisons: Sequence[Comparison]) -> Table:
             table.add_row(
                 comparison.case,
                 timing.side,
-                _seconds(timing.cold_s),
-                _seconds(timing.median_s),
-                _seconds(statistics.median(timing.cpu_s)),
+                seconds_text(timing.cold_s),
+                seconds_text(timing.median_s),
+                seconds_text(statistics.median(timing.cpu_s)),
                 f"{max(timing.added_bytes) / 1e6:.0f}",
             )
     return table
@@ -285,7 +285,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Seconds with three digits and a unit."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     if seconds < 1:

@@ -43,7 +43,7 @@ from wukong.executor.wire import (
 )
 from wukong.scheduler.costs import Costs, strands_per_executor
 from wukong.scheduler.parts import static_parts
-from wukong.scheduler.plan import Plan
+from wukong.scheduler.plan import Plan, flatten_slots
 from wukong.scheduler.strands import Strands, cut_strands
 from wukong.storage import Store
 
@@ -136,7 +136,9 @@ def _describe(
         for i, part in enumerate(parts)
         if all(export in source_ids for export, _ in part.inputs)
     ]
-    requested_literals = {slot: plan.literals[~slot] for slot in _slots(plan.requested) if slot < 0}
+    requested_literals = {
+        slot: plan.literals[~slot] for slot in flatten_slots(plan.requested) if slot < 0
+    }
     manifest = Manifest(plan.keys, plan.requested, requested_literals, parts, frozenset(once))
     priorities = [a["priority"] for a in plan.annotations.values() if "priority" in a]
     request = Create(
@@ -165,7 +167,7 @@ def cut_plan(
         costs: what is known of the plan's functions; None makes every task a strand of its own
             (to measure what strands are worth).
     """
-    requested = sorted({slot for slot in _slots(plan.requested) if slot >= 0})
+    requested = sorted({slot for slot in flatten_slots(plan.requested) if slot >= 0})
     if len(plan.keys) == 1:
         return cut_strands(plan.inputs_ptr, plan.inputs, requested, grain=1.0)
     grain, seconds = choose_grain(plan, n_executors, costs, least_strand_s)
@@ -230,19 +232,6 @@ def _literal_slots(calls: Sequence[Any]) -> set[int]:
                 elif slot < 0:
                     found.add(slot)
     return found
-
-
-def _slots(requested: Any) -> list[int]:
-    """All slots of a nested request."""
-    flat: list[int] = []
-    stack = [requested]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, tuple):
-            stack.extend(item)
-        else:
-            flat.append(item)
-    return flat
 
 
 def put_program(plan: Plan, wire: Wire, program: Program, job: JobId, number: int) -> Entry:

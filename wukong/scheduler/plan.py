@@ -64,3 +64,16 @@ def flatten_keys(keys: Any) -> list[Key]:
         else:
             flat.append(key)
     return flat
+
+
+def flatten_slots(requested: Any) -> list[int]:
+    """All slots of a nested request, in no particular order."""
+    flat: list[int] = []
+    stack = [requested]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, tuple):
+            stack.extend(item)
+        else:
+            flat.append(item)
+    return flat

@@ -18,13 +18,13 @@ from wukong.executor.messages import Part, Status
 from wukong.executor.work import Policy
 from wukong.scheduler.costs import strands_per_executor
 from wukong.scheduler.parts import static_parts
-from wukong.scheduler.strands import cut_strands, pack_strands
+from wukong.scheduler.strands import cut_strands
 from wukong.sim.checks import Checker, Violation
 from wukong.sim.client import SimClient
 from wukong.sim.dags import Costs, Dag
 from wukong.sim.faults import Faults
 from wukong.sim.invokers import open_invoker
-from wukong.sim.schemes import OURS, SCHEMES, Scheme
+from wukong.sim.schemes import OURS, SCHEMES, Scheme, cut_by_scheme
 from wukong.sim.services import AWS_LAMBDA, LOCAL_POOL, Platform
 from wukong.sim.store import SimStore
 from wukong.sim.world import Setting, World
@@ -103,8 +103,10 @@ def simulate(
         trace: takes a line of text for each action and event, as it happens.
     Cost: about 1 us a task and 100 us a strand.
     """
+    is_cut = scheme.strands
+    parts = cut_parts(dag, costs, n_executors) if is_cut else cut_tasks(dag, costs, scheme)
     setting = Setting(
-        parts=cut_parts(dag, costs, n_executors) if scheme.strands else cut_tasks(dag, scheme),
+        parts=parts,
         reads=dag.reads(),
         costs=costs,
         platform=platform,
@@ -127,20 +129,10 @@ def cut_parts(
     return static_parts(strands)
 
 
-def cut_tasks(dag: Dag, scheme: Scheme) -> list[Part]:
-    """Make every task a strand of its own; where the scheme says so, every chain."""
-    reads = dag.reads()
-    n_readers = np.bincount(dag.inputs, minlength=dag.n_tasks)
-    n_readers[list(dag.requested)] += 1
-    strand_of = np.zeros(dag.n_tasks, np.int64)
-    n_strands = 0
-    for task, inputs in enumerate(reads):
-        if scheme.chains and len(inputs) == 1 and n_readers[inputs[0]] == 1:
-            strand_of[task] = strand_of[inputs[0]]
-        else:
-            strand_of[task] = n_strands
-            n_strands += 1
-    return static_parts(pack_strands(dag.inputs_ptr, dag.inputs, dag.requested, strand_of))
+def cut_tasks(dag: Dag, costs: Costs, scheme: Scheme) -> list[Part]:
+    """Cut a graph as a scheme without strands does."""
+    cut = cut_by_scheme(scheme, dag.inputs_ptr, dag.inputs, dag.requested, costs.sizes_bytes)
+    return static_parts(cut)
 
 
 def run_world(

@@ -352,17 +352,17 @@ class SimExecutor:
                 n_operations=n_operations,
             )
 
-        if not self._setting.scheme.edge_operations:
-            send(1)
+        n_sets, n_edges = self._setting.scheme.sets_and_increments(commit)
+        self._world.counts.update({"sets": n_sets, "increments": n_edges})
+        if not n_sets:
+            send(max(1, n_edges))
             return
-        # First all sets, in one round trip, then all increments: of edges of fan-ins only.
-        n_edges = sum(feed.n_inputs > 1 for output in commit.outputs for feed in output.feeds)
         self._is_busy = True
         self._store.call(
             lambda: None,
             lambda *_: self._deliver(send, max(1, n_edges)),
             lambda: self._deliver(self._failed, action),
-            n_operations=len(commit.outputs),
+            n_operations=n_sets,
         )
 
     def _invoked(self, invocations: Sequence[Invocation]) -> None:
@@ -404,20 +404,21 @@ class SimExecutor:
         wanted = {value for _, values in part.inputs for value in values}
         missing = self._memory.keep(wanted)
         to_read: list[tuple[ExportId, Entry, BlobId]] = []
+        n_gets = 0
         for export, entries in action.inputs:
             for entry in entries:
                 if missing.isdisjoint(entry.tasks):
                     continue
                 if entry.blob is None:
+                    n_gets += self._setting.scheme.edge_operations
                     self._memory.receive(entry, entry.payload)
                 else:
                     to_read.append((export, entry, entry.blob))
+        self._world.counts["gets"] += n_gets
         if not to_read:
-            n_gets = len(action.inputs) if self._setting.scheme.edge_operations else 0
             if not n_gets:
                 return self._fetched(part, wanted)
             here = self._fetched(part, wanted)
-            self._world.counts["gets"] += n_gets
             self._ask(action, lambda: None, lambda _: here, n_operations=n_gets)
             return None
         store = self._store
@@ -441,7 +442,7 @@ class SimExecutor:
             return self._fetched(part, wanted)
 
         takes_s = self._setting.move_s([entry.size_bytes for _, entry, _ in to_read])
-        self._ask(action, read, arrived, takes_s, n_operations=0)
+        self._ask(action, read, arrived, takes_s, n_operations=n_gets)
         return None
 
     def _fetched(self, part: Part, wanted: set[int]) -> Event:
