@@ -2,7 +2,9 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -185,11 +187,11 @@ def baselines(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, .
     present.show_header(console, "baselines", rounds)
     outcomes: list[suite.Outcome] = []
     with (
-        console.status("opening the schemes") as line,
+        _progress("opening the schemes") as tell,
         suite.open_schemes(names or list(SCHEMES)) as clusters,
     ):
         for case in suite.cases(only):
-            outcomes += suite.run_case(case, clusters, rounds, line.update)
+            outcomes += suite.run_case(case, clusters, rounds, tell)
     Console(width=max(console.width, 120)).print(suite.table(outcomes))
     ratios = suite.operation_ratios(outcomes)
     for name, ratio in ratios.items():
@@ -198,6 +200,31 @@ def baselines(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, .
     records = {"outcomes": [o.to_dict() for o in outcomes], "operation_ratios": ratios}
     present.write_records(out / "baselines.json", "baselines", records)
     console.print(f"written: {out / 'baselines.json'}")
+
+
+@main.command()
+@common_options
+@click.option("--full", is_flag=True, help="The workloads at full size, not that of the demo.")
+def calibrate(rounds: int, only: tuple[str, ...], out: Path, full: bool) -> None:
+    """The simulator's predictions for this machine beside what the workloads take on it."""
+    from bench import calibrate as suite
+
+    present.show_header(console, "calibrate", rounds)
+    with _progress("this machine") as tell:
+        machine = suite.measure_platform(tell)
+        predictions = [suite.predict(c, machine, rounds, tell) for c in suite.cases(only, full)]
+    console.print(suite.platform_table(machine))
+    console.print(suite.table(predictions))
+    error = suite.mean_error(predictions)
+    state = "green" if error <= suite.ERROR_MUST else "bold red"
+    console.print(f"off by a factor of [{state}]{1 + error:.3f}[/] in the geometric mean")
+    records = {
+        "machine_model": dataclasses.asdict(machine),
+        "predictions": [each.to_dict() for each in predictions],
+        "mean_error": error,
+    }
+    present.write_records(out / "calibrate.json", "calibrate", records)
+    console.print(f"written: {out / 'calibrate.json'}")
 
 
 @main.command()
@@ -287,6 +314,22 @@ def futures(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...
     console.print(f"written: {path}")
 
 
+@contextmanager
+def _progress(text: str) -> Iterator[Callable[[str], None]]:
+    """What is done now: one line that changes on a terminal, else a line each with its time."""
+    begun_at = time.perf_counter()
+    if console.is_terminal:
+        with console.status(text) as line:
+            yield line.update
+        return
+
+    def tell(text: str) -> None:
+        print(f"{time.perf_counter() - begun_at:6.1f} s  {text}", flush=True)
+
+    tell(text)
+    yield tell
+
+
 def _chosen(cases: Sequence[Case], only: tuple[str, ...]) -> list[Case]:
     chosen = [case for case in cases if not only or any(text in case.name for text in only)]
     if not chosen:
@@ -309,11 +352,11 @@ def _run(
     absent: list[str] = []
     try:
         with (
-            console.status("opening the sides") as line,
+            _progress("opening the sides") as tell,
             sides.open_sides(names, N_WORKERS, absent.append) as opened,
         ):
             for case in cases:
-                comparisons.append(compare(case, opened, n_rounds, line.update, is_metered))
+                comparisons.append(compare(case, opened, n_rounds, tell, is_metered))
     finally:
         if comparisons:
             console.print(present.times_table(comparisons))

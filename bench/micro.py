@@ -90,6 +90,11 @@ def tree(form: Form, n_tasks: int, tag: str) -> Built:
     return _tree(form, (n_tasks + 1) // 2, tag)
 
 
+def chain(form: Form, n_tasks: int, tag: str) -> Built:
+    """Increments, each of the one before."""
+    return _chain(form, n_tasks, tag)
+
+
 def _call(form: Form, key: Key, function: Callable[..., int], *arguments: object) -> object:
     """One task; arguments that are tuples are keys, a list holds keys."""
     if form == "tuples":
