@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 from wukong.errors import FrameError, LeaseLost, PayloadTooLarge
 from wukong.rdma.frames import HEAD, HEAD_BYTES, Kind
 from wukong.rdma.line import ArenaFull, Line, encode
-from wukong.rdma.shm import SharedArena, ShmEnd
+from wukong.rdma.shm import SLOTS, SharedArena, ShmEnd
 from wukong.rdma.spin import SPIN_S, Spin
 from wukong.rdma.tcp import TcpEnd
 from wukong.rdma.transport import QUEUE_FRAMES, Transport
@@ -191,7 +192,8 @@ def test_memory_that_its_owner_can_shrink_is_refused() -> None:
 
 def test_a_slot_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
     a, b = shm_pair(tmp_path)
-    a.out_words[a.out_slots[0][1]] = (1 << 32) + 1_000_000
+    word, _ = SLOTS[0]
+    a.out_words[word : word + 2] = memoryview(struct.pack("QQ", 1, 1_000_000)).cast("Q")
     with pytest.raises(FrameError, match="in a slot"):
         b.poll()
     a.close()

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures._base import PENDING, RUNNING
 from typing import Any, Protocol, TypeVar
 
+from wukong.rdma.hot import HotLine
 from wukong.rdma.line import Line
 
 T = TypeVar("T")
@@ -96,6 +97,7 @@ class LeasedSeat:
     def __init__(self, number: int, line: Line) -> None:
         self.number = number
         self.line = line
+        self.hot = HotLine.make(line)
         self.calls: dict[int, Call] = {}
         """Sent, and not answered."""
         self.known: set[int] = set()

@@ -32,9 +32,9 @@ from wukong.errors import (
     LeaseLost,
 )
 from wukong.executor.serialize_failures import decode_error
-from wukong.rdma import hot
 from wukong.rdma.calls import Call, LeasedSeat, LeaseFuture
 from wukong.rdma.frames import Kind
+from wukong.rdma.hot import MISSED
 from wukong.rdma.lease import Request
 from wukong.rdma.leased import KWARGS
 from wukong.rdma.line import ArenaFull, encode
@@ -42,8 +42,6 @@ from wukong.rdma.registry import default_directory
 from wukong.rdma.seats import LOOK_S, Seats
 
 logger = logging.getLogger(__name__)
-
-_CALL = int(Kind.CALL)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,30 +72,29 @@ class Lease(Seats, concurrent.futures.Executor):
                         return self._exchange(seat, number, args)  # type: ignore[no-any-return]
                     except ArenaFull:
                         break
+                    except (LeaseLost, FrameError) as error:
+                        self._lost(seat, error)
+                        raise
                     finally:
                         seat.reading.release()
         return self.submit(function, *args, **kwargs).result()
 
-    def _exchange(self, seat: LeasedSeat, number: int, args: tuple[Any, ...]) -> Any:
+    def _exchange(self, seat: LeasedSeat, function: int, args: tuple[Any, ...]) -> Any:
         """One call, on a line that nobody else uses; `reading` is held."""
-        line = seat.line
         self._n_calls = call = self._n_calls + 1
-        try:
-            if hot.post(line, _CALL, call, number, args):
-                result = hot.await_result(line, call)
-                if result is not hot.MISSED:
-                    return result
-            else:
-                stream, buffers = encode(args)
-                line.send(Kind.CALL, call, stream, buffers, number)
+        line, hot = seat.line, seat.hot
+        if hot is not None and hot.post_call(call, function, args):
+            result = hot.await_result(call)
+            if result is not MISSED:
+                return result
+        else:
+            stream, buffers = encode(args)
+            line.send(Kind.CALL, call, stream, buffers, function)
+        frame = line.receive(3600.0, self._spin_s)
+        while frame is None or frame.call != call:
+            if frame is not None:
+                self._handle(seat, frame)
             frame = line.receive(3600.0, self._spin_s)
-            while frame is None or frame.call != call:
-                if frame is not None:
-                    self._handle(seat, frame)
-                frame = line.receive(3600.0, self._spin_s)
-        except (LeaseLost, FrameError) as error:
-            self._lost(seat, error)
-            raise
         if frame.kind == Kind.RESULT:
             return line.load(frame)
         if frame.kind == Kind.RAISED:

@@ -38,6 +38,8 @@ MAX_EXTENTS = 1024
 """Of one frame: 16 KB of table. Values with more large buffers are pickled in band."""
 STREAM_OUT = 1
 """Flag: the stream did not fit into the frame and is the first extent."""
+RAW = 4
+"""Flag: the stream is not pickled, it is the value: of a CALL its only argument."""
 
 
 class Kind(IntEnum):

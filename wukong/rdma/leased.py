@@ -39,12 +39,12 @@ from wukong.errors import (
 )
 from wukong.executor.pool_seats import flush_output
 from wukong.executor.serialize_failures import encode_error, exit_error
-from wukong.rdma import hot
 from wukong.rdma.frames import Frame, Kind
 from wukong.rdma.greeting import Talk
+from wukong.rdma.hot import Failed, HotLine, Meter
 from wukong.rdma.line import ArenaFull, Line, encode
 from wukong.rdma.ports import find_ports
-from wukong.rdma.shm import SharedArena, ShmEnd, ShmTransport
+from wukong.rdma.shm import SharedArena, ShmEnd
 from wukong.rdma.spin import Spin
 from wukong.rdma.tcp import TcpEnd
 from wukong.rdma.transport import TransportEnd
@@ -54,9 +54,6 @@ CONNECT_S = 60.0
 """An executor to which its client does not come ends."""
 ARENA_WAIT_S = 5.0
 """How long a result waits for room in its arena, which its client holds."""
-HOT_SPINS = 2_000
-"""Looks for a small call, some 100 us, before the usual way of waiting is taken."""
-_RESULT = int(Kind.RESULT)
 KWARGS = 2
 """Flag of a CALL: the stream is (args, kwargs), else args alone."""
 FAILED = 70
@@ -98,7 +95,7 @@ class LeasedExecutor:
 
     def __init__(self, assignment: Assignment, usage: memoryview) -> None:
         self._assignment = assignment
-        self._usage = usage.cast("d")
+        self._meter = Meter(usage)
         self._functions: dict[int, Callable[..., Any]] = {}
         self._backlog: deque[tuple[Frame, float]] = deque()
         """Calls that wait, with the time of their receipt."""
@@ -201,24 +198,16 @@ class LeasedExecutor:
 
     def _serve(self, line: Line) -> None:
         """Read and run, until the client is gone."""
-        usage, spin, backlog = self._usage, self._spin, self._backlog
-        clock, is_hot = time.perf_counter, type(line.transport) is ShmTransport
-        begun_at = clock()
+        meter, spin, backlog = self._meter, self._spin, self._backlog
+        hot = HotLine.make(line)
         while True:
             # Small calls of known functions, while they come one after the other.
-            served = hot.serve(line, self._functions, HOT_SPINS) if is_hot else None
-            while served is not None:
-                # Counted before the answer: after the last one comes the end.
-                ended_at = clock()
-                usage[0] += 1
-                usage[1] += ended_at - begun_at
-                begun_at = ended_at
+            if hot is not None and (served := hot.serve(self._functions, meter)):
                 self._answer(line, *served)
-                served = hot.serve(line, self._functions, HOT_SPINS)
+                continue
+            begun_at = time.perf_counter()
             frame = line.receive(3600.0, spin.spin_s)
-            received_at = clock()
-            usage[2] += spin.waited(received_at - begun_at)
-            begun_at = received_at
+            meter.add(0, 0.0, spin.waited(time.perf_counter() - begun_at))
             while frame is not None:
                 self._note(frame)
                 frame = line.poll()
@@ -227,12 +216,11 @@ class LeasedExecutor:
                 # What came meanwhile may cancel the next call.
                 while (frame := line.poll()) is not None:
                     self._note(frame)
-            begun_at = clock()
 
     def _answer(self, line: Line, call: int, result: Any) -> None:
-        if type(result) is hot.Failed:
+        if type(result) is Failed:
             self._fail(line, call, result.error)
-        elif not hot.post(line, _RESULT, call, 0, result):
+        else:
             self._return(line, call, result)
 
     def _run_next(self, line: Line) -> None:
@@ -241,7 +229,7 @@ class LeasedExecutor:
             self._handle(line, frame)
             return
         began_at = time.perf_counter()
-        self._usage[0] += 1
+        self._meter.add(1, 0.0, 0.0)
         if frame.call in self._cancelled or (
             frame.deadline_s and began_at - received_at > frame.deadline_s
         ):
@@ -249,7 +237,7 @@ class LeasedExecutor:
             line.send(Kind.CANCELLED, frame.call)
         else:
             self._call(line, frame)
-        self._usage[1] += time.perf_counter() - began_at
+        self._meter.add(0, time.perf_counter() - began_at, 0.0)
 
     def _note(self, frame: Frame) -> None:
         if frame.kind == Kind.CANCEL:

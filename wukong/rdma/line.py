@@ -34,6 +34,7 @@ from wukong.rdma.frames import (
     MAC_BYTES,
     MAGIC,
     MAX_EXTENTS,
+    RAW,
     STREAM_OUT,
     Frame,
     Kind,
@@ -320,6 +321,8 @@ class Line:
             SerializationError: what was pickled cannot be rebuilt here.
         """
         stream = frame.stream
+        if frame.flags & RAW:
+            return (stream,) if frame.kind == Kind.CALL else stream
         if not frame.extents:
             try:
                 return pickle.loads(stream)

@@ -8,9 +8,10 @@ A queue (words of 8 bytes, each in a cache line of its own, written by one side 
 
     0     how many frames the reader has taken          (reader)
     64    1: the reader sleeps, ring its eventfd        (reader; the writer clears it)
-    4096  slots of SLOT_BYTES: word (turn << 32 | length), then the frame
+    4096  slots of SLOT_BYTES: number (u64), length of the frame (u64), the frame
 
-A slot is valid when its word has the turn that is due, and the word is written last. Processors
+Frames are numbered from 1. A slot is valid when it has the number that is due, which is written
+last. Processors
 with weak ordering, and the look at the reader's sleep, need a fence between two accesses; passing
 a lock is one.
 """
@@ -32,8 +33,10 @@ from wukong.errors import FrameError, LeaseLost
 from wukong.rdma.transport import POST_S, QUEUE_FRAMES, Offer
 
 SLOT_BYTES = 16384
-_SLOTS_AT = 4096
-_QUEUE_BYTES = _SLOTS_AT + QUEUE_FRAMES * SLOT_BYTES
+FRAME_BYTES = SLOT_BYTES - 16
+_QUEUE_BYTES = 4096 + QUEUE_FRAMES * SLOT_BYTES
+SLOTS = tuple((at // 8, at + 16) for at in range(4096, _QUEUE_BYTES, SLOT_BYTES))
+"""Of each slot the index of its number among words, and where its frame begins."""
 TAKEN, ASLEEP = 0, 8
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # These see another processor's writes in the order in which they were made.
@@ -116,7 +119,7 @@ class ShmTransport:
 
     kind = "shm"
     is_private = True
-    frame_bytes = SLOT_BYTES - 8
+    frame_bytes = FRAME_BYTES
 
     def __init__(
         self,
@@ -129,24 +132,17 @@ class ShmTransport:
         their_bell_fd: int,
     ) -> None:
         self._sock = sock
-        self._out, self._in = memoryview(outgoing), memoryview(incoming)
-        self.out_words = self._out.cast("Q")
-        self.in_words = self._in.cast("Q")
+        self.outgoing, self.incoming = outgoing, incoming
+        self.out_words = memoryview(outgoing).cast("Q")
+        self.in_words = memoryview(incoming).cast("Q")
         self._outbox, self._inbox = memoryview(outbox), memoryview(inbox)
         self.outbox_bytes = len(outbox)
         self._bell_fd, self._their_bell_fd = bell_fd, their_bell_fd
         self.fence = threading.Lock()
         self.fence.acquire()
-        # Slices and indexes of all slots, made once: these are the most frequent operations.
-        self.out_slots = [_slot(self._out, number) for number in range(QUEUE_FRAMES)]
-        self.in_slots = [_slot(self._in, number) for number in range(QUEUE_FRAMES)]
-        self.n_posted = 0
-        self.out_turn = 1 << 32
-        self.n_room = QUEUE_FRAMES
-        """Frames that may be posted before the reader's count must be looked at."""
-        self.n_taken = 0
-        self.due_slot, self.due_word = self.in_slots[0]
-        self.due_turn = 1 << 32
+        self.n_posted = self.n_taken = 0
+        self.room_until = QUEUE_FRAMES
+        """Up to this count frames may be posted without a look at the reader's count."""
         self._is_closed = False
         self._closing = threading.Lock()
         """Held while a descriptor is used that another thread may close; never while waiting."""
@@ -166,21 +162,17 @@ class ShmTransport:
 
     def post(self, frame: bytes, extents: Sequence[tuple[int, memoryview]] = ()) -> None:
         """See `Transport.post`; the extents are where the peer sees them already."""
-        if not self.n_room:
-            self._await_room()
         number = self.n_posted
-        slot, word = self.out_slots[number % QUEUE_FRAMES]
-        size = len(frame)
-        slot[:size] = frame
+        if number >= self.room_until and not self.has_room():
+            self._await_room()
+        word, start = SLOTS[number % QUEUE_FRAMES]
         words, fence = self.out_words, self.fence
+        words[word + 1] = size = len(frame)
+        self.outgoing[start : start + size] = frame
         if not IS_ORDERED:
             fence.release()
             fence.acquire()
-        words[word] = self.out_turn + size
-        self.n_posted = number = number + 1
-        if not number % QUEUE_FRAMES:
-            self.out_turn += 1 << 32
-        self.n_room -= 1
+        self.n_posted = words[word] = number + 1
         fence.release()
         fence.acquire()
         if words[ASLEEP]:
@@ -199,15 +191,17 @@ class ShmTransport:
             except OSError as error:
                 raise LeaseLost("the connection is closed") from error
 
+    def has_room(self) -> bool:
+        """Look at the reader's count: whether another frame may be posted."""
+        n_taken = self.out_words[TAKEN]
+        if not 0 <= self.n_posted - n_taken <= QUEUE_FRAMES:
+            raise FrameError("the peer claims to have read what was not sent")
+        self.room_until = n_taken + QUEUE_FRAMES
+        return self.n_posted < self.room_until
+
     def _await_room(self) -> None:
         give_up_at = time.monotonic() + POST_S
-        while True:
-            n_under_way = self.n_posted - self.out_words[TAKEN]
-            if not 0 <= n_under_way <= QUEUE_FRAMES:
-                raise FrameError("the peer claims to have read what was not sent")
-            if n_under_way < QUEUE_FRAMES:
-                self.n_room = QUEUE_FRAMES - n_under_way
-                return
+        while not self.has_room():
             if self._is_closed or self._is_peer_gone():
                 raise LeaseLost("the peer is gone")
             if time.monotonic() > give_up_at:
@@ -218,23 +212,20 @@ class ShmTransport:
 
     def poll(self) -> bytes | None:
         """See `Transport.poll`."""
-        size = self.in_words[self.due_word] - self.due_turn
-        if size < 0:
+        n_taken = self.n_taken
+        word, start = SLOTS[n_taken % QUEUE_FRAMES]
+        if self.in_words[word] != n_taken + 1:
             if self._is_closed:
                 raise LeaseLost("the connection is closed")
             return None
         if not IS_ORDERED:
             self.fence.release()
             self.fence.acquire()
-        if size > SLOT_BYTES - 8:
+        size = self.in_words[word + 1]
+        if size > FRAME_BYTES:
             raise FrameError(f"a frame of {size} bytes in a slot of {SLOT_BYTES}")
-        frame = self.due_slot[:size].tobytes()
-        self.n_taken = n_taken = self.n_taken + 1
-        number = n_taken % QUEUE_FRAMES
-        self.due_slot, self.due_word = self.in_slots[number]
-        if not number:
-            self.due_turn += 1 << 32
-        self.in_words[TAKEN] = n_taken
+        frame = self.incoming[start : start + size]
+        self.n_taken = self.in_words[TAKEN] = n_taken + 1
         return frame
 
     def wait(self, timeout_s: float, spin_s: float) -> bytes | None:
@@ -245,11 +236,10 @@ class ShmTransport:
         end_at = begun_at + timeout_s
         spin_until = min(end_at, begun_at + spin_s)
         look_at = begun_at + _LOOK_S
-        words = self.in_words
-        due_word, least = self.due_word, self.due_turn
+        words, word, due = self.in_words, *self._due()
         while now < spin_until:
             for _ in range(_SPINS):
-                if words[due_word] >= least:
+                if words[word] == due:
                     return self.poll()
             os.sched_yield()  # the peer may need this core
             now = time.perf_counter()
@@ -271,6 +261,11 @@ class ShmTransport:
                 return self._last()
             now = time.perf_counter()
         return None
+
+    def _due(self) -> tuple[int, int]:
+        """The index of the next frame's number among words, and the number."""
+        n_taken = self.n_taken
+        return SLOTS[n_taken % QUEUE_FRAMES][0], n_taken + 1
 
     def _last(self) -> bytes:
         """What the peer wrote before it went."""
@@ -296,11 +291,11 @@ class ShmTransport:
 
     def arm(self) -> bool:
         """See `Transport.arm`."""
-        words = self.in_words
+        words, word, due = self.in_words, *self._due()
         words[ASLEEP] = 1
         self.fence.release()
         self.fence.acquire()
-        if words[self.due_word] >= self.due_turn:
+        if words[word] == due:
             words[ASLEEP] = 0
             return False
         return True
@@ -323,12 +318,6 @@ class ShmTransport:
             self._sock.close()
             os.close(self._bell_fd)
             os.close(self._their_bell_fd)
-
-
-def _slot(queue: memoryview, number: int) -> tuple[memoryview, int]:
-    """The frame's place in a slot, and the index of the slot's word."""
-    at = _SLOTS_AT + number * SLOT_BYTES
-    return queue[at + 8 : at + SLOT_BYTES], at // 8
 
 
 def _sealed(size_bytes: int) -> int:
