@@ -1,7 +1,8 @@
 """Leased executors beside what the machine can do: ratios, counted copies, and what is left.
 
 The two sides of a ratio take turns in every round: whatever else the machine does hits both.
-The bare ping-pong has no call, no pickle and no future: it moves 1 KiB there and back.
+The bare ping-pong has no call, no pickle and no future: it moves 1 KiB there and back. Its peer is
+in a session of its own, as executors are in their agent's: Linux shares cores out by sessions.
 """
 
 import mmap
@@ -63,6 +64,7 @@ def memory_ping_pong() -> Iterator[Callable[[], bytes]]:
     size = len(PAYLOAD)
     pid = os.fork()
     if pid == 0:
+        os.setsid()
         turn = 0
         while True:
             turn += 1
@@ -101,6 +103,7 @@ def socket_ping_pong() -> Iterator[Callable[[], bytes]]:
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pid = os.fork()
     if pid == 0:
+        os.setsid()
         ours.close()
         while data := theirs.recv(size):
             theirs.sendall(data)

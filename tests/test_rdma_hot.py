@@ -1,6 +1,8 @@
 """The shortest way of a call does what the usual way does, or steps aside."""
 
 import gc
+import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_rdma_transports import carry, lines, shm_pair, tcp_pair
+from tests.test_rdma_transports import carry, lines, shm_pair, tcp_pair, tls_pair
+from wukong.errors import FrameError, LeaseLost
 from wukong.rdma.frames import Kind
 from wukong.rdma.hot import MISSED, Failed, HotLine, Meter
+from wukong.rdma.hot_stream import HotStream, shortest_way
 from wukong.rdma.line import Line, encode
 from wukong.rdma.shm import FRAME_BYTES
+from wukong.rdma.tcp import TcpTransport
 from wukong.rdma.transport import QUEUE_FRAMES
 
 Ends = tuple[Line, Line, HotLine, HotLine]
@@ -164,8 +169,84 @@ def test_a_round_trip_calls_few_functions(ends: Ends) -> None:
     assert called == ["post_call", "serve", "twice", "await_result"]
 
 
-def test_other_transports_have_no_shorter_way(tmp_path: Path) -> None:
+@pytest.fixture
+def streams(tmp_path: Path) -> Iterator[tuple[Line, Line, HotStream, HotStream]]:
     client, executor = lines(tcp_pair(tmp_path))
-    assert HotLine.make(client) is None
+    for line in (client, executor):
+        transport = line.transport
+        assert isinstance(transport, TcpTransport)
+        transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SOON)
+    yield client, executor, stream_way(client), stream_way(executor)
+    client.close()
+    executor.close()
+
+
+def load_next(line: Line) -> Any:
+    frame = line.receive(0.5)
+    assert frame is not None
+    return line.load(frame)
+
+
+def stream_way(line: Line) -> HotStream:
+    way = shortest_way(line)
+    assert isinstance(way, HotStream)
+    return way
+
+
+SOON = struct.pack("ll", 0, 10_000)
+Streams = tuple[Line, Line, HotStream, HotStream]
+
+
+def test_calls_over_a_stream_mix_with_the_usual_way(streams: Streams) -> None:
+    client, executor, calling, serving = streams
+    used = meter()
+    for number in range(1, 10):
+        function, argument, expected = [(1, number, 2 * number), (2, b"ab", b"abab")][number % 2]
+        assert calling.post_call(number, function, (argument,))
+        assert serving.serve(FUNCTIONS, used) is None
+        assert calling.await_result(number) == expected
+        client.send(Kind.CALL, number, *encode("usual"))
+        assert load_next(executor) == "usual"
+    assert used.memory[0] == 9
+
+
+def test_what_is_not_usual_on_a_stream_is_left_for_the_usual_way(streams: Streams) -> None:
+    client, executor, calling, serving = streams
+    assert not calling.post_call(1, 1, (object(),))
+    assert not calling.post_call(1, 2, (bytes(100_000),))
+    for kind in (Kind.DEFINE, Kind.CALL):  # two at once, and a function that is not known
+        client.send(kind, 1, b"stream", (), 4)
+    assert serving.serve(FUNCTIONS, meter()) is None
+    kinds = [frame.kind for _ in range(2) if (frame := executor.receive(0.5)) is not None]
+    assert kinds == [Kind.DEFINE, Kind.CALL]
+    assert calling.post_call(2, 3, (4000,))
+    number, result = serving.serve(FUNCTIONS, meter()) or (0, b"")
+    assert (number, len(result)) == (2, 4000)
+    executor.send(Kind.RESULT, 2, *encode(result))
+    assert calling.await_result(2) is MISSED
+    assert load_next(client).sum() == 4000
+
+
+def test_a_forged_call_on_a_stream_is_refused(streams: Streams) -> None:
+    client, executor, _, serving = streams
+    forger = stream_way(Line(client.transport, 1, (b"guess" * 4, b"guess" * 4)))
+    assert forger.post_call(1, 1, (1,))
+    with pytest.raises(FrameError, match="not signed"):
+        serving.serve(FUNCTIONS, meter())
+    assert executor.n_received == 0
+
+
+def test_the_end_of_a_stream_is_told(streams: Streams) -> None:
+    client, _, calling, serving = streams
+    client.close()
+    with pytest.raises(LeaseLost):
+        serving.serve(FUNCTIONS, meter())
+    with pytest.raises(LeaseLost):
+        calling.post_call(1, 1, (1,))
+
+
+def test_tls_has_no_shorter_way(tmp_path: Path) -> None:
+    client, executor = lines(tls_pair(tmp_path))
+    assert shortest_way(client) is None
     client.close()
     executor.close()

@@ -207,7 +207,7 @@ def test_a_slot_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> Non
 )
 def test_a_stream_that_lies_about_sizes_is_refused(head: bytes, tmp_path: Path) -> None:
     a, b = tcp_pair(tmp_path)
-    a._sock.sendall(head)
+    a.sock.sendall(head)
     with pytest.raises(FrameError):
         b.wait(5.0, 0.0)
     a.close()

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures._base import PENDING, RUNNING
 from typing import Any, Protocol, TypeVar
 
-from wukong.rdma.hot import HotLine
+from wukong.rdma.hot_stream import shortest_way
 from wukong.rdma.line import Line
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class LeasedSeat:
     def __init__(self, number: int, line: Line) -> None:
         self.number = number
         self.line = line
-        self.hot = HotLine.make(line)
+        self.hot = shortest_way(line)
         self.calls: dict[int, Call] = {}
         """Sent, and not answered."""
         self.known: set[int] = set()

@@ -41,7 +41,8 @@ from wukong.executor.pool_seats import flush_output
 from wukong.executor.serialize_failures import encode_error, exit_error
 from wukong.rdma.frames import Frame, Kind
 from wukong.rdma.greeting import Talk
-from wukong.rdma.hot import Failed, HotLine, Meter
+from wukong.rdma.hot import Failed, Meter
+from wukong.rdma.hot_stream import shortest_way
 from wukong.rdma.line import ArenaFull, Line, encode
 from wukong.rdma.ports import find_ports
 from wukong.rdma.shm import SharedArena, ShmEnd
@@ -199,7 +200,7 @@ class LeasedExecutor:
     def _serve(self, line: Line) -> None:
         """Read and run, until the client is gone."""
         meter, spin, backlog = self._meter, self._spin, self._backlog
-        hot = HotLine.make(line)
+        hot = shortest_way(line)
         while True:
             # Small calls of known functions, while they come one after the other.
             if hot is not None and (served := hot.serve(self._functions, meter)):

@@ -129,7 +129,7 @@ class Line:
         self.lock = threading.Lock()
         self.n_sent = self.n_received = 0
         self._has_macs = not transport.is_private
-        self._sign, self._verify = (hashlib.blake2b(key=key, digest_size=MAC_BYTES) for key in keys)
+        self.sign, self.verify = (hashlib.blake2b(key=key, digest_size=MAC_BYTES) for key in keys)
         mac_bytes = MAC_BYTES if self._has_macs else 0
         self._stream_bytes = transport.frame_bytes - HEAD_BYTES - mac_bytes
         """Longest stream of a frame without tables."""
@@ -182,7 +182,7 @@ class Line:
                 + stream
             )
             if self._has_macs:
-                frame += _mac(self._sign, frame)
+                frame += _mac(self.sign, frame)
             self.transport.post(frame)
             self.n_sent = serial + 1
 
@@ -220,7 +220,7 @@ class Line:
             flags,
         )
         if self._has_macs:
-            frame += _mac(self._sign, frame)
+            frame += _mac(self.sign, frame)
         self.transport.post(frame, parts)
         self.n_sent += 1
 
@@ -296,7 +296,7 @@ class Line:
     def _opened(self, data: bytes) -> Frame:
         if self._has_macs:
             data, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
-            if not hmac.compare_digest(mac, _mac(self._verify, data)):
+            if not hmac.compare_digest(mac, _mac(self.verify, data)):
                 raise FrameError("a frame that is not signed by the peer")
         frame = parse_frame(data, self.epoch, self.n_received, self._inbox.nbytes)
         self.n_received += 1
