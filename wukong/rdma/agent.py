@@ -20,8 +20,10 @@ import gc
 import importlib
 import json
 import logging
+import math
 import mmap
 import os
+import resource
 import secrets
 import selectors
 import signal
@@ -149,6 +151,9 @@ class Agent:
             lambda lease, epoch: proof_of(self._secret, lease, epoch),
         )
         self._clients: dict[int, _Client] = {}
+        # Executors need descriptors too, whoever connects.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_clients = min(MAX_CLIENTS, descriptors // 2)
         self._n_clients = 0
         self._children: dict[int, _Child] = {}
         self._spares: deque[int] = deque()
@@ -245,8 +250,14 @@ class Agent:
         if state == self._shown and now - self._heartbeat_at < HEARTBEAT_S:
             return
         self._heartbeat_at, self._shown = now, state
+        try:
+            write_registration(self._settings.directory, self._described(state))
+        except OSError as error:
+            logger.warning("cannot register, clients may not find this agent: %s", error)
+
+    def _described(self, state: tuple[int, int]) -> Registration:
         unix, *tcp = self._listeners
-        registration = Registration(
+        return Registration(
             name=self._name,
             node=socket.gethostname(),
             boot=boot_id(),
@@ -260,17 +271,14 @@ class Agent:
             free_memory_bytes=state[1],
             heartbeat_at=time.time(),
         )
-        try:
-            write_registration(self._settings.directory, registration)
-        except OSError as error:
-            logger.warning("cannot register, clients may not find this agent: %s", error)
 
     # -------------------------------------------------------------- clients
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        # Also suppressed: no descriptor is left. Those of silent clients are free again soon.
+        with contextlib.suppress(OSError):
             sock, _ = listener.accept()
-            if len(self._clients) >= MAX_CLIENTS:
+            if len(self._clients) >= self._max_clients:
                 sock.close()
                 return
             sock.setblocking(False)
@@ -388,9 +396,13 @@ class Agent:
             self._fork()
 
     def _fork(self) -> bool:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        usage = mmap.mmap(-1, mmap.PAGESIZE)
         parent = os.getpid()
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            logger.warning("cannot have another process, tried again soon: %s", error)
+            return False
+        usage = mmap.mmap(-1, mmap.PAGESIZE)
         try:
             with warnings.catch_warnings():
                 # A BLAS may have threads of its own; it stops them before a fork.
@@ -436,7 +448,7 @@ class Agent:
         if not address:  # it is dying: that is seen when it is waited for
             self._selector.unregister(child.sock)
         elif (start := child.start) is not None:
-            seat = Seat(start.number, start.epoch, address.decode())
+            seat = Seat(start.number, start.epoch, address.decode(errors="replace"))
             event = Started(start.lease, seat)
             self._perform(self._grants.handle(event, time.monotonic()))
 
@@ -459,7 +471,9 @@ class Agent:
 
     def _bury(self, child: _Child, start: Start, status: int) -> None:
         with memoryview(child.usage)[:USAGE_BYTES] as page, page.cast("d") as numbers:
-            usage = Usage(int(numbers[0]), numbers[1], numbers[2])
+            # What calls have overwritten is not believed.
+            n_calls, execution_s, hot_s = (x if math.isfinite(x) else 0.0 for x in numbers)
+        usage = Usage(int(n_calls), execution_s, hot_s)
         if status and not child.is_killed:
             logger.info(
                 "executor %d of lease %s %s", start.number, start.lease, describe_death(status)

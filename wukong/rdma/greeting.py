@@ -7,26 +7,37 @@
 
 The MAC of a message covers its direction and its number, under a key that both random numbers
 have made: what is forged, repeated, reordered or from another connection is refused. `Parley` does
-no I/O; `Talk` is one on a blocking socket, and also carries descriptors over a unix socket.
+no I/O; `Talk` is one on a blocking socket, and also carries descriptors over a unix socket; `Door`
+is where many may knock at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import logging
+import math
 import secrets
+import select
 import socket
+import ssl
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from wukong.errors import FrameError, LeaseLost, SecurityError
+
+logger = logging.getLogger(__name__)
 
 NONCE_BYTES = 32
 _MAC_BYTES = 32
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_FDS = 8
+MAX_STRANGERS = 64
+"""Who wait at a door at a time."""
 GREETING_S = 5.0
 """A stranger who says nothing for so long is cut off."""
 
@@ -116,7 +127,10 @@ class Parley:
         proof, body = self._take(_MAC_BYTES), self._take(length)
         self._verify(proof, self._mac(not self._is_server, self._n_in, body))
         self._n_in += 1
-        message = json.loads(body)
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise FrameError(f"a message that is no JSON: {error!r:.100}") from error
         if not isinstance(message, dict):
             raise FrameError("a message that is no object")
         return message
@@ -158,14 +172,24 @@ class Talk:
             SecurityError: the other end does not know the key.
             LeaseLost: it is gone, or silent.
         """
-        self.sock = sock
-        self.parley = Parley(key, is_server)
-        self._is_unix = sock.family == socket.AF_UNIX
-        self._fds: list[int] = []
-        sock.settimeout(timeout_s)
+        self._take_up(sock, Parley(key, is_server), timeout_s)
         self._flush()
         while not self.parley.is_agreed:
             self._step()
+
+    def _take_up(self, sock: socket.socket, parley: Parley, timeout_s: float) -> None:
+        self.sock = sock
+        self.parley = parley
+        self._is_unix = sock.family == socket.AF_UNIX
+        self._fds: list[int] = []
+        sock.settimeout(timeout_s)
+
+    @classmethod
+    def go_on(cls, sock: socket.socket, parley: Parley) -> Talk:
+        """A talk whose ends have greeted already."""
+        talk = cls.__new__(cls)
+        talk._take_up(sock, parley, GREETING_S)
+        return talk
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send a message, with descriptors over a unix socket.
@@ -217,3 +241,94 @@ class Talk:
             except OSError as error:
                 raise LeaseLost(f"the other end is gone: {error}") from error
             self.parley.outgoing.clear()
+
+
+class Door:
+    """Takes those who prove that they know the key; a stranger who is silent keeps nobody out.
+
+    Args:
+        listeners: owned by the caller.
+        key: to be known.
+        tls: for those who do not come over a unix socket; None: no TLS.
+    """
+
+    def __init__(
+        self, listeners: Sequence[socket.socket], key: bytes, tls: ssl.SSLContext | None
+    ) -> None:
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._key = key
+        self._tls = tls
+        self._strangers: dict[int, tuple[socket.socket, Parley, float]] = {}
+        """By descriptor: the socket, what was said, and when it is cut off; the oldest first."""
+        self._poll = select.poll()
+        for listener in listeners:
+            listener.setblocking(False)
+            self._poll.register(listener, select.POLLIN)
+
+    def admit(self, timeout_s: float) -> Talk | None:
+        """The next who has proved it, and whose talk is the caller's; None: the time is up."""
+        give_up_at = time.monotonic() + timeout_s
+        while (now := time.monotonic()) < give_up_at:
+            self._cut_off(now)
+            ends = [give_up_at, *(end for _, _, end in self._strangers.values())]
+            for fd, _ in self._poll.poll(math.ceil((min(ends) - now) * 1000)):
+                if fd in self._listeners:
+                    self._accept(self._listeners[fd])
+                elif fd in self._strangers and self._hear(fd):
+                    sock, parley = self._forget(fd)
+                    return Talk.go_on(sock, parley)
+        return None
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            if len(self._strangers) >= MAX_STRANGERS:
+                self._forget(next(iter(self._strangers)))[0].close()
+            sock.setblocking(False)
+            if self._tls is not None and sock.family != socket.AF_UNIX:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            end = time.monotonic() + GREETING_S
+            self._strangers[sock.fileno()] = (sock, Parley(self._key, is_server=True), end)
+            self._poll.register(sock, select.POLLIN)
+            self._hear(sock.fileno())
+
+    def _hear(self, fd: int) -> bool:
+        """Whether it has proved it now; cuts it off when it cannot."""
+        sock, parley, _ = self._strangers[fd]
+        try:
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
+            while not parley.is_agreed:
+                self._say(sock, parley)
+                data = sock.recv(parley.n_wanted)
+                if not data:
+                    raise LeaseLost("it has gone")
+                parley.feed(data)
+            self._say(sock, parley)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except (OSError, LeaseLost, SecurityError) as error:
+            logger.warning("a stranger is cut off: %s", error)
+            self._forget(fd)[0].close()
+            return False
+        return True
+
+    def _say(self, sock: socket.socket, parley: Parley) -> None:
+        if parley.outgoing:
+            # Some bytes into an empty buffer: they go at once, or the other end is at fault.
+            sock.sendall(parley.outgoing)
+            parley.outgoing.clear()
+
+    def _cut_off(self, now: float) -> None:
+        for fd in [fd for fd, (_, _, end) in self._strangers.items() if now >= end]:
+            self._forget(fd)[0].close()
+
+    def _forget(self, fd: int) -> tuple[socket.socket, Parley]:
+        self._poll.unregister(fd)
+        sock, parley, _ = self._strangers.pop(fd)
+        return sock, parley
+
+    def close(self) -> None:
+        """Cut off everybody who waits. Idempotent."""
+        for fd in list(self._strangers):
+            self._forget(fd)[0].close()

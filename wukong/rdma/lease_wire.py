@@ -35,6 +35,8 @@ _KINDS: dict[str, type[Any]] = {
     )
 }
 _TO_AGENT = (Ask, Renew, Release)
+MAX_TEXT = 4096
+"""Of an id, an address or a reason: agents keep some of them."""
 
 
 def proof_of(secret: bytes, lease: LeaseId, epoch: int) -> bytes:
@@ -78,13 +80,14 @@ def from_json(plain: dict[str, Any], *, of_client: bool) -> Any:
     Raises:
         FrameError: it is none.
     """
-    kind = _KINDS.get(plain.get("kind", ""))
+    named = plain.get("kind")
+    kind = _KINDS.get(named) if isinstance(named, str) else None
     if kind is None or (kind in _TO_AGENT) is not of_client:
         raise FrameError(f"no message: {plain.get('kind')!r:.40}")
     try:
         fields = {field.name: plain[field.name] for field in dataclasses.fields(kind)}
         return kind(**{name: _typed(name, value) for name, value in fields.items()})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FrameError(f"a {kind.__name__} that makes no sense: {error!r}") from error
 
 
@@ -98,7 +101,7 @@ def _typed(name: str, value: Any) -> Any:
                 bool(value["is_hot"]),
             )
         case "seat":
-            return Seat(_int(value["number"]), _int(value["epoch"]), str(value["address"]))
+            return Seat(_int(value["number"]), _int(value["epoch"]), _text(value["address"]))
         case "seats":
             return tuple(_typed("seat", item) for item in value)
         case "key":
@@ -112,7 +115,13 @@ def _typed(name: str, value: Any) -> Any:
         case "ttl_s" | "grace_s" | "core_s":
             return float(value)
         case _:
-            return str(value)
+            return _text(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise TypeError(f"{value!r:.40} is no text of at most {MAX_TEXT} characters")
+    return value
 
 
 def _int(value: Any) -> int:

@@ -17,7 +17,6 @@ import pickle
 import random
 import resource
 import secrets
-import select
 import signal
 import socket
 import ssl
@@ -40,7 +39,7 @@ from wukong.errors import (
 from wukong.executor.pool_seats import flush_output
 from wukong.executor.serialize_failures import encode_error, exit_error
 from wukong.rdma.frames import Frame, Kind
-from wukong.rdma.greeting import Talk
+from wukong.rdma.greeting import Door, Talk
 from wukong.rdma.hot import Failed, Meter
 from wukong.rdma.hot_stream import shortest_way
 from wukong.rdma.line import ArenaFull, Line, encode
@@ -142,41 +141,45 @@ class LeasedExecutor:
 
     def _meet(self) -> Line:
         """Take the first who proves to hold the lease; cut off everybody else."""
-        poll = select.poll()
-        by_fd = {listener.fileno(): listener for listener in self._listeners}
-        for fd in by_fd:
-            poll.register(fd, select.POLLIN)
+        tls = None
+        if self._assignment.cert:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(self._assignment.cert)
+        door = Door(self._listeners, bytes.fromhex(self._assignment.key), tls)
         give_up_at = time.monotonic() + CONNECT_S
-        while (left_s := give_up_at - time.monotonic()) > 0:
-            for fd, _ in poll.poll(left_s * 1000):
-                sock, _ = by_fd[fd].accept()
+        try:
+            while (left_s := give_up_at - time.monotonic()) > 0:
+                talk = door.admit(left_s)
+                if talk is None:
+                    continue
                 try:
-                    return self._greet(sock)
+                    return self._greet(talk)
                 except (OSError, WukongError) as error:
-                    # An attacker, or a client that died: neither is this executor's end.
+                    # A liar, or a client that died: neither is this executor's end.
                     sys.stderr.write(f"an executor has refused somebody: {error}\n")
-                    sock.close()
+                    talk.sock.close()
+        finally:
+            door.close()
         raise LeaseLost("no client has come")
 
-    def _greet(self, sock: socket.socket) -> Line:
-        if sock.family != socket.AF_UNIX and self._assignment.cert:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self._assignment.cert)
-            sock.settimeout(5.0)
-            sock = context.wrap_socket(sock, server_side=True)
-        talk = Talk(sock, bytes.fromhex(self._assignment.key), is_server=True)
+    def _greet(self, talk: Talk) -> Line:
         hello, _ = talk.receive()
         arena_bytes = hello.get("arena_bytes")
         if hello.get("lease") != self._assignment.lease or not isinstance(arena_bytes, int):
             raise SecurityError("a greeting for another lease")
         # What the client can import shall be found here too, where the file system is shared.
-        path = [str(entry) for entry in hello.get("path", [])]
+        path = hello.get("path", [])
+        if not isinstance(path, list) or not all(isinstance(entry, str) for entry in path):
+            raise FrameError("a path that is none")
         sys.path += [entry for entry in path if entry not in sys.path]
-        end = self._end(str(hello.get("transport")), sock, arena_bytes)
+        end = self._end(str(hello.get("transport")), talk.sock, arena_bytes)
         try:
             talk.send({"offer": dict(end.offer)}, end.fds)
             answer, fds = talk.receive()
-            transport = end.connect(answer.get("offer", {}), fds)
+            offer = answer.get("offer")
+            if not isinstance(offer, dict):
+                raise FrameError("an offer that is none")
+            transport = end.connect(offer, fds)
         except BaseException:
             end.close()
             raise

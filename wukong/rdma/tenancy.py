@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import ssl
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -71,12 +72,15 @@ class Connector:
         """
         if is_here:
             sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(CONNECT_S)
+            # Python's own time-out would not wait for room in the listener's queue.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(CONNECT_S))
             try:
                 sock.connect(f"\0{unix}")
             except OSError:
                 sock.close()
                 raise
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+            sock.settimeout(CONNECT_S)
             return sock
         if tcp is None:
             raise OSError("it is reachable from its own node only")
@@ -89,6 +93,10 @@ class Connector:
         context = ssl.create_default_context(cafile=self.ca)
         context.check_hostname = False  # nodes have many names; who they are, the keys show
         return context.wrap_socket(sock)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), 0)
 
 
 class Tenancy:
