@@ -10,7 +10,9 @@ import sys
 import textwrap
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import wukong
 from wukong.errors import WukongError
 
 distributed = pytest.importorskip("distributed")
+FIRST_BEAT_S = pytest.importorskip("wukong.scheduler.dask_server").FIRST_BEAT_S
 
 LONG_S = 30.0
 """Far more than anything here takes."""
@@ -83,6 +86,17 @@ def test_shuffles_need_no_workers_while_there_is_a_server() -> None:
         cluster.serve()
         assert dask.config.get("dataframe.shuffle.method") == "tasks"
     assert dask.config.get("dataframe.shuffle.method", None) == before
+
+
+def test_a_shuffle_from_peer_to_peer_is_warned_of_once(client: Any) -> None:
+    array = pytest.importorskip("dask.array")
+    x = array.arange(16, chunks=4).reshape(4, 4).rechunk((4, 1), method="p2p")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert client.compute(x.sum()).result() == 120
+        wait_until(lambda: len(warned) > 0)
+    assert ["do not talk to each other" in str(one.message) for one in warned] == [True]
 
 
 def test_each_shown_worker_can_be_connected_to(client: Any) -> None:
@@ -158,11 +172,18 @@ VANISHING = """
     distributed.wait(futures)
     print("ready", flush=True)
     input()
+    try:
+        futures[0].result(timeout=20)
+    except distributed.CancelledError as error:
+        print("ended:", error.reason, flush=True)
+    print("again:", client.submit(abs, -7).result(timeout=20), flush=True)
+    client.close()
 """
 
 
-@pytest.mark.slow
-def test_futures_of_a_killed_client_are_released() -> None:
+@contextmanager
+def vanishing() -> Iterator[tuple[Any, subprocess.Popen[str]]]:
+    """A client, and another in a process of its own that holds 50 futures of its cluster."""
     with (
         wukong.LocalCluster(1, processes=False) as cluster,
         distributed.Client(cluster.serve("tcp://127.0.0.1:0")) as client,
@@ -173,16 +194,39 @@ def test_futures_of_a_killed_client_are_released() -> None:
             [sys.executable, "-c", textwrap.dedent(VANISHING), cluster.scheduler_address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            text=True,
         )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        os.kill(child.pid, signal.SIGKILL)
         try:
-            wait_until(lambda: n_keys(client) == 1)
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            assert n_keys(client) == 51
+            yield client, child
+            assert mine.result() == 2
         finally:
             child.kill()
             child.communicate()
-        assert mine.result() == 2
+
+
+@pytest.mark.slow
+def test_futures_of_a_killed_client_are_released() -> None:
+    with vanishing() as (client, child):
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: n_keys(client) == 1)
+
+
+@pytest.mark.slow
+def test_futures_of_a_silent_client_are_released_and_it_is_told_so() -> None:
+    with dask.config.set({"wukong.dask.client-silence-s": 3}), vanishing() as (client, child):
+        # Its first heartbeat is late; from then on a client tells as often as it is asked to.
+        time.sleep(FIRST_BEAT_S)
+        assert n_keys(client) == 51, "a client that lives keeps its futures"
+        os.kill(child.pid, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        wait_until(lambda: n_keys(client) == 1)
+        assert time.monotonic() - stopped_at > 2
+        os.kill(child.pid, signal.SIGCONT)
+        said, _ = child.communicate("\n", timeout=LONG_S)
+        assert said.splitlines() == ["ended: scheduler-connection-lost", "again: 7"]
 
 
 @pytest.mark.slow

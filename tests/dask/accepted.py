@@ -24,14 +24,7 @@ class Difference:
     """Pattern of the backends that differ."""
 
 
-DIFFERENCES: tuple[Difference, ...] = (
-    Difference(
-        what='`shuffle_method="p2p"` where it is asked for by name',
-        here="the shuffle fails; the default is `tasks`",
-        why="its workers send shards to each other and keep state between tasks",
-        tests=("test_frames_shuffle_from_peer_to_peer",),
-    ),
-)
+DIFFERENCES: tuple[Difference, ...] = ()
 
 
 def reason_of(test: str, backend: str) -> str | None:

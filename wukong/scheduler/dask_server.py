@@ -12,6 +12,7 @@ gives as workers' are its own. Built on distributed's own server, comms and seri
     dask_server_futures    the table of keys
     dask_server_keys       who holds them, who is told of them
     dask_server_graphs     a client's graph, made ready for the session
+    dask_server_shuffles   peer-to-peer shuffles in it, made plain tasks
     dask_server_clients    one client's end: its reports, its versions
     dask_server_values     gather, scatter
     dask_server_facts      calls that only ask
@@ -72,6 +73,8 @@ LOOK_S = 1.0
 
 FIRST_BEAT_S = 6.0
 """A client's first heartbeat comes after the interval of its own configuration (5 s)."""
+MOST_BEAT_S = 5.0
+"""The longest interval that clients are asked for."""
 KEPT_BYTES = 1 << 20
 """A graph of fewer pickled bytes is kept while its keys are, for clients that run a task again."""
 RESTART_S = 0.05
@@ -79,6 +82,11 @@ RESTART_S = 0.05
 NO_ACTORS = (
     "Wukong has no actors: no executor keeps an object between tasks. Hold the state in a "
     "Variable, or pass it from task to task."
+)
+NO_PEERS = (
+    "Wukong's executors do not talk to each other: this peer-to-peer shuffle runs as plain tasks, "
+    'whose shards go through the store. method="tasks" is the default here, and quicker for many '
+    "partitions."
 )
 
 
@@ -115,6 +123,8 @@ class DaskServer(KeyServer):
         """Name -> port; of pages that a browser can open."""
         self.workers: dict[str, str] = {}
         """Address -> name; filled when the server listens."""
+        self._looked_at = time.monotonic()
+        """When silent clients were looked for."""
         self._extending = asyncio.Lock()
         """Held from looking keys up until the new ones are in the table."""
         self._early: list[News] = []
@@ -238,7 +248,7 @@ class DaskServer(KeyServer):
             return
         self.client_comms[client] = outbox
         holder = self.clients[client] = Holder(client, outbox.send)
-        holder.seen_at = time.monotonic() + FIRST_BEAT_S
+        holder.silent_s = -FIRST_BEAT_S
         self.log_event(["all", client], {"action": "add-client", "client": client})
         for plugin in list(self.plugins.values()):
             await self.call_plugin(plugin, "add_client", scheduler=self, client=client)
@@ -261,22 +271,31 @@ class DaskServer(KeyServer):
                 )
 
     def client_heartbeat(self, client: str) -> None:
-        """Note that a client lives, and tell it when to say so again."""
+        """Note that a client lives."""
         if (holder := self.clients.get(client)) is not None:
-            holder.seen_at = max(holder.seen_at, time.monotonic())
-            interval_s = max(0.2, float(config.get("dask.client-silence-s")) / 6)
-            self.send(client, {"op": "adjust-heartbeat-interval", "interval": interval_s})
+            holder.silent_s = min(holder.silent_s, 0.0)
 
     def _remove_silent(self) -> None:
         silence_s = float(config.get("dask.client-silence-s"))
         now = time.monotonic()
+        # A server that was held up itself has heard nobody meanwhile, which is nobody's fault.
+        passed_s = min(now - self._looked_at, 2 * LOOK_S)
+        self._looked_at = now
         for name, outbox in list(self.client_comms.items()):
             holder = self.clients.get(name)
-            if holder is not None and now - holder.seen_at > silence_s:
+            if holder is None:
+                continue
+            holder.silent_s += passed_s
+            if not holder.is_paced and holder.silent_s > LOOK_S - FIRST_BEAT_S:
+                # Not with the first message, which clients expect to come alone.
+                holder.is_paced = True
+                interval_s = min(MOST_BEAT_S, silence_s / 6)
+                outbox.send({"op": "adjust-heartbeat-interval", "interval": interval_s})
+            if holder.silent_s > silence_s:
                 logger.warning(
                     "client %s has been silent for %.0f s: its futures are released",
                     name,
-                    now - holder.seen_at,
+                    holder.silent_s,
                 )
                 self.remove_client(name)
                 outbox.abort()
@@ -306,6 +325,8 @@ class DaskServer(KeyServer):
             n_bytes = size_of_message(expr_ser)
             is_small = n_bytes < INLINE_BYTES
             sent = read_graph(expr_ser) if is_small else await offload(read_graph, expr_ser)
+            if sent.is_peer_to_peer:
+                self._warn_of_shuffles(client)
             source = expr_ser if n_bytes < KEPT_BYTES else None
             is_small = is_small and len(sent.dsk) < INLINE_TASKS
             async with self._extending:
@@ -324,6 +345,14 @@ class DaskServer(KeyServer):
             self.send(client, *[{"op": "task-erred", "key": key, **report} for key in keys])
         finally:
             self._arrived = [one for one in self._arrived if one[1] is not released]
+
+    def _warn_of_shuffles(self, client: str) -> None:
+        """Tell a client once that there are no shuffles from peer to peer."""
+        holder = self.clients.get(client)
+        if holder is not None and not holder.is_warned:
+            holder.is_warned = True
+            event = (time.time(), NO_PEERS)
+            self.send(client, {"op": "event", "topic": "warn", "event": event})
 
     def client_releases_keys(self, keys: Iterable[Key], client: str) -> None:
         """Let a client hold keys no more, nor those of its graphs that are on their way."""

@@ -78,14 +78,18 @@ class Work(Protocol):
 class Holder:
     """Somebody who holds keys: a client, or what stands in a client's place."""
 
-    __slots__ = ("alone", "entries", "name", "seen_at", "send")
+    __slots__ = ("alone", "entries", "is_paced", "is_warned", "name", "send", "silent_s")
 
     def __init__(self, name: str, send: Callable[..., None] | None = None) -> None:
         self.name = name
         self.send = send
         """How to report to it; None: it wants no reports."""
-        self.seen_at = 0.0
-        """When it was last heard of, monotonic."""
+        self.silent_s = 0.0
+        """How long it has not been heard of; below 0: it need not be yet."""
+        self.is_paced = False
+        """It has been told how often to be heard of."""
+        self.is_warned = False
+        """It has been told that its shuffles run as plain tasks."""
         self.entries: set[Entry] = set()
         self.alone = (self,)
         """What most entries have as holders; shared by all of them."""

@@ -17,6 +17,7 @@ from distributed.protocol.serialize import Serialize, Serialized, deserialize
 from wukong.errors import MissingKey
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_futures import Entry
+from wukong.scheduler.dask_server_shuffles import as_tasks
 from wukong.scheduler.dask_server_tasks import CoroutineCall
 from wukong.scheduler.graph import dask_nodes
 
@@ -33,6 +34,8 @@ class Sent:
     """Of the expression: name -> key -> value."""
     reads: dict[Key, frozenset[Key]]
     """Nodes that read others, with what they read, in the graph or not."""
+    is_peer_to_peer: bool
+    """It had shuffles that need workers which talk to each other; they have been replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,13 @@ def read_graph(expr_ser: Any) -> Sent:
         annotations = {name: dict(of) for name, of in expr.__dask_annotations__().items()}
     if not all(hasattr(node, "dependencies") for node in dsk.values()):
         dsk = dask_nodes(dsk, {})
+    plain = as_tasks(dsk)
+    is_peer_to_peer, dsk = plain is not dsk, plain
     for node in dsk.values():
         if node.is_coro:  # executors call functions; this one does in the loop of their worker
             node.func = CoroutineCall(node.func)
     reads = {key: node.dependencies for key, node in dsk.items() if node.dependencies}
-    return Sent(dsk, annotations, reads)
+    return Sent(dsk, annotations, reads, is_peer_to_peer)
 
 
 def cut_known(

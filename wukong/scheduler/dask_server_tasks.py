@@ -36,6 +36,7 @@ from distributed.versions import get_versions
 from distributed.worker import _worker_cvar, run
 
 from wukong.executor.scene import Place
+from wukong.scheduler.dask_server_shuffles import Passing
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class TaskWorker:
         self.security = security
         self.data: dict[Any, Any] = {}
         """Empty: values are in the store."""
-        self.plugins: dict[str, Any] = {}
+        self.plugins: dict[str, Any] = {"shuffle": Passing()}
         self.extensions: dict[str, Any] = {}
         self.resources: dict[str, float] = {}
         self._scratch = scratch
