@@ -284,6 +284,7 @@ def test_the_command_line_shows_and_removes_what_is_there(
     assert again.output == f"{deployment.stack}: nothing there\n"
 
 
+@pytest.mark.slow
 def test_a_new_deployment_needs_a_store(moto_url: str, keys: None) -> None:
     options = ["--name", "other", "--endpoint-url", moto_url]
     refused = CliRunner().invoke(cli.main, ["aws", "deploy", *options])
@@ -357,6 +358,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert "toolz/__init__.py" in names
 
 
+@pytest.mark.slow
 def test_a_requirement_that_nobody_has_is_told_in_pips_words(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match="no-such-file"):
         build_package(tmp_path / "x.zip", (), requirements_file=tmp_path / "no-such-file.txt")

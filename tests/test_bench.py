@@ -53,6 +53,7 @@ def small_case(check: Callable[[object], None] = lambda result: None) -> Case:
     return Case("small", 1, lambda tag: ({tag: 1}, tag), check)
 
 
+@pytest.mark.slow
 def test_sides_take_turns_and_another_one_begins_each_round() -> None:
     calls: list[str] = []
     sides = [counted_side("a", calls), counted_side("b", calls)]

@@ -65,6 +65,7 @@ def test_a_cluster_that_only_computes_starts_no_server() -> None:
         assert cluster.dashboard_link == ""
 
 
+@pytest.mark.slow
 def test_importing_wukong_imports_no_distributed() -> None:
     code = "import sys, wukong; sys.exit('distributed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)

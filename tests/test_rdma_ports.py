@@ -77,6 +77,7 @@ def test_a_queue_pair_without_bindings_or_device_is_refused(bindings: str | None
         verbs.open_pair(port, 16, bindings)
 
 
+@pytest.mark.slow
 def test_importing_wukong_imports_no_bindings_and_needs_none() -> None:
     program = (
         "import sys\n"
@@ -89,6 +90,7 @@ def test_importing_wukong_imports_no_bindings_and_needs_none() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_the_name_lease_is_the_function_whatever_was_imported_before() -> None:
     program = (
         "import wukong.rdma.lease\n"
@@ -99,6 +101,7 @@ def test_the_name_lease_is_the_function_whatever_was_imported_before() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_looking_for_bindings_leaves_the_root_logger_alone() -> None:
     program = (
         "import logging, wukong.rdma.verbs as verbs\n"

@@ -237,6 +237,7 @@ def give_back(a: Line, b: Line) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_values_travel_and_an_array_pins_its_extent_until_its_last_view_dies(pair: Pair) -> None:
     a, b = lines(pair)
     array = np.arange(20_000)
@@ -287,6 +288,7 @@ def test_an_array_in_the_outbox_leaves_without_a_copy(tmp_path: Path) -> None:
     b.close()
 
 
+@pytest.mark.slow
 def test_a_long_stream_goes_through_the_arena(pair: Pair) -> None:
     a, b = lines(pair)
     value = list(range(50_000))
@@ -295,6 +297,7 @@ def test_a_long_stream_goes_through_the_arena(pair: Pair) -> None:
     assert a.outbox.arena.n_used == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_leaves_nothing(pair: Pair) -> None:
     a, b = lines(pair)
     with pytest.raises(PayloadTooLarge):
