@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from wukong.executor.events import Edges
-from wukong.executor.messages import AttemptId, ExportId, ExportSpec, Feed, StrandId
+from wukong.executor.messages import AttemptId, ExportId, ExportSpec, Feed, Part, StrandId
+from wukong.executor.ops import Running
 from wukong.executor.split import FIRST_BYTES, Split, cut_rest, split_rest
 
 FEED = Feed(StrandId("9"), 2)
@@ -160,3 +161,27 @@ def test_a_split_loses_nothing(seed: int) -> None:
         if share.export.startswith("a."):
             n_readers = sum(share.export in spawn.inputs for spawn in made.spawns)
             assert share.n_consumers == n_readers
+
+
+# ------------------------------------------------------------------ going on after a split
+
+
+def test_what_a_task_that_was_given_away_reads_stays_until_it_is_put() -> None:
+    # 1 is made here and read by 2, after which nobody read it, so that 3 dropped it.
+    ops = [(0, int, (), ()), (1, int, (), ()), (2, int, (1,), ()), (3, int, (0,), (1,))]
+    running = Running(Part((0, 1, 2, 3), (), ()), list(ops), iter(ops), 0.0)
+    next(running.iterator)  # 0 runs
+    assert running.interrupt()
+    kept = Part((0, 1, 3), (), (spec("made", 1),))
+    running.resume(kept, len(kept.tasks))
+    assert list(running.iterator) == [(1, int, (), ()), (3, int, (0,), ())]
+
+
+def test_what_a_task_that_was_given_away_dropped_is_dropped_by_another() -> None:
+    ops = [(0, int, (), ()), (1, int, (0,), ()), (2, int, (), (0,)), (3, int, (), ())]
+    running = Running(Part((0, 1, 2, 3), (), ()), list(ops), iter(ops), 0.0)
+    next(running.iterator)
+    assert running.interrupt()
+    kept = Part((0, 1, 3), (), ())
+    running.resume(kept, len(kept.tasks))
+    assert list(running.iterator) == [(1, int, (0,), ()), (3, int, (), (0,))]

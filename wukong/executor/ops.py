@@ -83,7 +83,8 @@ class Running:
             return
         if part is not self.part:
             kept = set(part.tasks)
-            self.ops = [op for op in self.ops if op[0] in kept]
+            # What a task that was given away reads is an output now, or another's to drop.
+            self.ops = _with_drops((op[:3] for op in self.ops if op[0] in kept), part)
             self.part = part
             self.n_begun = 1  # the task that was running meanwhile
         self.iterator = iter(self.ops[self.n_begun :])
@@ -109,23 +110,28 @@ def prepare_ops(program: Program, part: Part) -> list[Op]:
         call_of = dict(zip(program.part.tasks, program.calls, strict=True))
         calls = [call_of[task] for task in part.tasks]
     prepared = []
-    last_reader: dict[int, int] = {}
-    for i, (func, slots, names) in enumerate(calls):
+    for task, (func, slots, names) in zip(part.tasks, calls):
         if names or any(type(s) is tuple for s in slots):
             func, slots = _flatten(func, slots, names)
-        flat = cast("Sequence[int]", slots)
-        prepared.append((func, flat))
-        for slot in flat:
+        prepared.append((task, func, cast("Sequence[int]", slots)))
+    return _with_drops(prepared, part)
+
+
+def _with_drops(
+    prepared: Iterable[tuple[int, Callable[..., Any], Sequence[int]]], part: Part
+) -> list[Op]:
+    """Add to operations what each drops: what no later one reads and `part` does not export."""
+    listed = list(prepared)
+    last_reader: dict[int, int] = {}
+    for i, (_, _, slots) in enumerate(listed):
+        for slot in slots:
             last_reader[slot] = i
     kept = {task for spec in part.exports for task in spec.tasks}
-    drops: list[tuple[int, ...]] = [()] * (len(calls) + 1)
+    drops: list[tuple[int, ...]] = [()] * (len(listed) + 1)
     for slot, i in last_reader.items():
         if slot >= 0 and slot not in kept:
             drops[i + 1] += (slot,)
-    return [
-        (task, func, slots, dropped)
-        for task, (func, slots), dropped in zip(part.tasks, prepared, drops)
-    ]
+    return [(task, func, slots, dropped) for (task, func, slots), dropped in zip(listed, drops)]
 
 
 def reads_of(ops: Iterable[Op]) -> Edges:
