@@ -117,6 +117,11 @@ def sleep_and_add(duration_s, *values):
     return sum(values)
 
 
+def sleep_and_pass(duration_s, value):
+    time.sleep(duration_s)
+    return value
+
+
 def ones_after(folder, name, n_bytes):
     count(folder, name)
     return bytes([1]) * n_bytes

@@ -1,4 +1,8 @@
-"""Real faults: executors and clients that are killed or stopped, blobs that are lost, Ctrl-C."""
+"""Real faults: executors and clients that are killed or stopped, blobs that are lost, Ctrl-C.
+
+One text for every kind of store (`fault_places`): `make test` has all of it in shared memory and a
+sample elsewhere, `make test-full` all of it everywhere.
+"""
 
 import concurrent.futures
 import contextlib
@@ -19,11 +23,11 @@ import fault_tasks as tasks
 import psutil
 import pytest
 from click.testing import CliRunner
+from fault_places import KINDS, Damage, Place, open_place
 
 import wukong
 from wukong import cli, errors
 from wukong.executor.messages import JobId
-from wukong.storage import open_store
 
 SOON_S = 20.0
 """Far more than any wait below takes, and far less than a hang."""
@@ -37,15 +41,40 @@ def wait_until(is_true, timeout_s: float = SOON_S) -> None:
         time.sleep(0.005)
 
 
+SAMPLE = {
+    "test_jobs_survive_a_few_random_kills": {*KINDS} - {"shared memory"},
+    "test_a_lost_blob_is_made_again": {"Redis Cluster", "S3"},
+    "test_a_job_whose_client_is_killed_can_be_attached_to": {"TLS and ACL"},
+    "test_the_sweeper_wakes_a_pool_for_a_job_without_client": {"tiers"},
+}
+"""Tests that `make test` has in other places than shared memory."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test in all kinds of places."""
+    if "place" not in metafunc.fixturenames:
+        return
+    usual = {"shared memory", *SAMPLE.get(metafunc.function.__name__, ())}
+    kinds = [pytest.param(k, marks=() if k in usual else pytest.mark.full) for k in KINDS]
+    metafunc.parametrize("place", kinds, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def place(request):
+    place = open_place(request, request.param)
+    yield place
+    place.remove()
+
+
 @pytest.fixture
-def cluster():
+def cluster(place):
     """Two processes; afterwards the pool works, and the store is empty."""
-    with wukong.LocalCluster(2, timeout_s=60) as cluster:
+    with place.cluster(2, timeout_s=60) as cluster:
         cluster.get({"warm": (tasks.increment, 1)}, "warm")
         yield cluster
         assert cluster.get({"alive": (tasks.increment, 1)}, "alive", timeout_s=SOON_S) == 2
         assert cluster.jobs() == ()
-        assert blob_files(Path(cluster.directory) / "blobs") == []
+    assert place.left() == []
 
 
 # ---------------------------------------------------------------- tasks that kill executors
@@ -137,12 +166,22 @@ def storm(cluster, n_jobs: int, duration_s: float) -> dict[str, float]:
 
 
 def check_storm(cluster, n_jobs: int) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = own_shared_files()
     found = storm(cluster, n_jobs, 0.001)
     logging.getLogger(__name__).info("%s", json.dumps(found))
     assert found["kills"] >= 2.5 * n_jobs
     assert found["worst_s"] - found["calm_s"] < 2.0, found
-    assert set(os.listdir("/dev/shm")) <= before
+    assert own_shared_files() <= before
+
+
+def own_shared_files() -> set[str]:
+    """Files in shared memory, without those of other programs on this machine."""
+    return {name for name in os.listdir("/dev/shm") if f"-{os.getpid()}-" in name}
+
+
+@pytest.mark.slow
+def test_jobs_survive_a_few_random_kills(cluster) -> None:
+    check_storm(cluster, 2)
 
 
 @pytest.mark.slow
@@ -176,11 +215,11 @@ def test_a_kill_costs_the_work_lost_and_little_more(cluster, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_of_a_stopped_executor_and_its_successor_the_first_to_commit_wins(tmp_path) -> None:
+def test_of_a_stopped_executor_and_its_successor_the_first_to_commit_wins(place, tmp_path) -> None:
     graph = {("x", i): (tasks.counted_sum, str(tmp_path), i, 0.2, i) for i in range(8)}
     with (
         dask.config.set({"wukong.job.silence-s": 1.0, "wukong.executor.heartbeat-s": 0.2}),
-        wukong.LocalCluster(2, timeout_s=60) as cluster,
+        place.cluster(2, timeout_s=60) as cluster,
     ):
         cluster.get({"warm": (tasks.increment, 1)}, "warm")
         stopped = cluster._pool.pids[0]
@@ -205,7 +244,7 @@ def test_of_a_stopped_executor_and_its_successor_the_first_to_commit_wins(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_straggler_is_overtaken_by_its_second_start(tmp_path) -> None:
+def test_a_straggler_is_overtaken_by_its_second_start(place, tmp_path) -> None:
     graph = {("x", i): (tasks.sleep, 0.05) for i in range(60)}
     graph["late"] = (tasks.sleep_at_first, str(tmp_path), "runs", 12.0)
     settings = {
@@ -213,7 +252,7 @@ def test_a_straggler_is_overtaken_by_its_second_start(tmp_path) -> None:
         "wukong.job.silence-s": 1.0,
         "wukong.executor.heartbeat-s": 0.2,
     }
-    with dask.config.set(settings), wukong.LocalCluster(2, timeout_s=60) as cluster:
+    with dask.config.set(settings), place.cluster(2, timeout_s=60) as cluster:
         cluster.get({"warm": (tasks.increment, 1)}, "warm")
         begun_at = time.monotonic()
         assert cluster.get(graph, ["late", *(("x", i) for i in range(60))])[0] == 2
@@ -236,14 +275,14 @@ def start_script(source: str, *arguments: object) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 0])
-def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(tmp_path, processes) -> None:
+def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(place, tmp_path, processes) -> None:
     script = start_script(
         """
-        import signal, sys, time, fault_tasks as tasks, wukong
+        import json, signal, sys, time, fault_tasks as tasks, wukong
         # A shell has its background jobs ignore it, and so what they start.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         folder, processes = sys.argv[1], bool(int(sys.argv[2]))
-        with wukong.LocalCluster(2, processes) as cluster:
+        with wukong.LocalCluster(2, processes, **json.loads(sys.argv[3])) as cluster:
             graph = {("x", i): (tasks.counted_sum, folder, i, 5, i) for i in range(20)}
             try:
                 cluster.get(graph, list(graph))
@@ -255,6 +294,7 @@ def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(tmp_path, processes)
         """,
         tmp_path,
         processes,
+        json.dumps(place.options),
     )
     wait_until(lambda: len(tasks.runs(tmp_path)) >= 2)
     script.send_signal(signal.SIGINT)
@@ -268,13 +308,13 @@ def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(tmp_path, processes)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [True, False])
-def test_ctrl_c_may_come_at_any_moment(processes) -> None:
+def test_ctrl_c_may_come_at_any_moment(place, processes) -> None:
     graph = {("x", i): (tasks.increment, i) for i in range(500)}
     rng = random.Random(SEED)
     n_interrupted = 0
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        with wukong.LocalCluster(2, processes, timeout_s=SOON_S) as cluster:
+        with place.cluster(2, processes=processes, timeout_s=SOON_S) as cluster:
             for _ in range(40):
                 with contextlib.suppress(KeyboardInterrupt):
                     try:
@@ -294,9 +334,9 @@ def test_ctrl_c_may_come_at_any_moment(processes) -> None:
 
 
 CLIENT = """
-    import sys, fault_tasks as tasks, wukong
-    directory, folder, duration_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    with wukong.LocalCluster(2, directory=directory) as cluster:
+    import json, sys, fault_tasks as tasks, wukong
+    options, folder, duration_s = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    with wukong.LocalCluster(2, **options) as cluster:
         cluster.get({"warm": (tasks.sleep, 0.1), "too": (tasks.sleep, 0.1)}, ["warm", "too"])
         cluster.jobs()  # until here, the rows of the small job may have stayed
         print("ready", flush=True)
@@ -305,9 +345,9 @@ CLIENT = """
 """
 
 
-def kill_client(directory: Path, folder: Path, duration_s: float, n_runs: int) -> JobId:
+def kill_client(place: Place, folder: Path, duration_s: float, n_runs: int) -> JobId:
     """Kill a client in mid-job, and wait for its executors. Returns: the job."""
-    script = start_script(CLIENT, directory, folder, duration_s)
+    script = start_script(CLIENT, json.dumps(place.options), folder, duration_s)
     assert script.stdout is not None
     assert script.stdout.readline() == "ready\n"
     wait_until(lambda: len(tasks.runs(folder)) >= n_runs)
@@ -316,12 +356,9 @@ def kill_client(directory: Path, folder: Path, duration_s: float, n_runs: int) -
     script.kill()
     script.communicate(timeout=SOON_S)
     assert psutil.wait_procs(executors, timeout=5.0)[1] == []
-    store = open_store(f"local://{directory}")
-    try:
+    with place.opened() as store:
         (job,) = store.jobs.jobs()
         return job
-    finally:
-        store.jobs.close()
 
 
 @pytest.fixture
@@ -333,30 +370,29 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("duration_s", [0.002, 0.05, 0.5])
-def test_a_job_whose_client_is_killed_can_be_attached_to(tmp_path, folder, duration_s) -> None:
-    directory = tmp_path / "store"
-    job = kill_client(directory, folder, duration_s, 10 if duration_s < 0.5 else 2)
+def test_a_job_whose_client_is_killed_can_be_attached_to(place, folder, duration_s) -> None:
+    job = kill_client(place, folder, duration_s, 10 if duration_s < 0.5 else 2)
     n_before = len(tasks.runs(folder))
     assert 2 <= n_before < 64
-    assert wukong.attach(job, directory, timeout_s=60) == tuple(range(1, 65))
+    assert place.attach(job) == tuple(range(1, 65))
     # What was running when the client died has been committed too, so that nothing runs twice.
     assert set(tasks.runs(folder).values()) == {1}
     with pytest.raises(errors.JobNotFound):
-        wukong.attach(job, directory)
+        place.attach(job)
+    assert place.left() == []
 
 
 @pytest.mark.slow
-def test_a_long_task_is_run_again_but_not_what_was_done_before_it(tmp_path, folder) -> None:
-    directory = tmp_path / "store"
+def test_a_long_task_is_run_again_but_not_what_was_done_before_it(place, folder) -> None:
     script = start_script(
         """
-        import sys, fault_tasks as tasks, wukong
-        with wukong.LocalCluster(1, directory=sys.argv[1]) as cluster:
+        import json, sys, fault_tasks as tasks, wukong
+        with wukong.LocalCluster(1, **json.loads(sys.argv[1])) as cluster:
             took_s = [0] * 30 + [30] + [0] * 9
             graph = {("x", i): (tasks.counted_sum, sys.argv[2], i, took_s[i]) for i in range(40)}
             cluster.get(graph, list(graph))
         """,
-        directory,
+        json.dumps(place.options),
         folder,
     )
     wait_until(lambda: "30" in tasks.runs(folder))
@@ -365,29 +401,30 @@ def test_a_long_task_is_run_again_but_not_what_was_done_before_it(tmp_path, fold
     script.kill()
     script.communicate(timeout=SOON_S)
     assert psutil.wait_procs(executors, timeout=5.5)[1] == []
-    store = open_store(f"local://{directory}")
-    (job,) = store.jobs.jobs()
-    view = store.jobs.view(job)
-    store.jobs.close()
+    with place.opened() as store:
+        (job,) = store.jobs.jobs()
+        view = store.jobs.view(job)
+        store.jobs.forget(job)
     assert view is not None
     assert (view.n_tasks_done, view.n_running) == (n_before - 1, 0)
 
 
 @pytest.mark.slow
-def test_the_sweeper_wakes_a_pool_for_a_job_without_client(tmp_path, folder) -> None:
-    directory = tmp_path / "store"
-    job = kill_client(directory, folder, 0.02, 10)
-    run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
+def test_the_sweeper_wakes_a_pool_for_a_job_without_client(place, folder) -> None:
+    def sweep():
+        return CliRunner().invoke(cli.main, ["sweep", place.where, "--once"])
+
+    job = kill_client(place, folder, 0.02, 10)
+    run = sweep()
     assert run.exit_code == 0
     assert f"job {job}: running" in run.output
     assert "no executors wait there" in run.output
-    with wukong.LocalCluster(1, directory=directory) as cluster:
+    with place.cluster(1) as cluster:
         cluster._pool.ready(SOON_S)
-        run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
-        assert "pools woken: 1" in run.output or "done" in run.output
+        # Where the store is far away, a pool listens to it some time after its start.
+        wait_until(lambda: "pools woken: 1" in (run := sweep()).output or "done" in run.output)
         wait_until(lambda: cluster._store.jobs.view(job).status == 2)
-        run = CliRunner().invoke(cli.main, ["sweep", str(directory), "--once"])
-        assert f"job {job}: done, 64 of 64 tasks done" in run.output
+        assert f"job {job}: done, 64 of 64 tasks done" in sweep().output
         assert cluster.attach(job) == tuple(range(1, 65))
 
 
@@ -401,29 +438,31 @@ def test_the_sweeper_says_that_there_is_no_store(tmp_path) -> None:
 # ---------------------------------------------------------------- blobs that are lost
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+def remove(content: bytes) -> bytes | None:
+    return None
 
 
-def alter(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
+def truncate(content: bytes) -> bytes | None:
+    return content[: len(content) // 2]
+
+
+def alter(content: bytes) -> bytes | None:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, alter])
-def test_a_lost_blob_is_made_again(cluster, folder, damage) -> None:
+@pytest.mark.parametrize("damage", [remove, truncate, alter])
+def test_a_lost_blob_is_made_again(cluster, place, folder, damage: Damage) -> None:
     size = 300_000
     graph = {("x", i): (tasks.ones_after, str(folder), i, size) for i in range(8)}
     graph["wait"] = (tasks.wait_for, str(folder / "go"))
     graph["it"] = (tasks.n_bytes_after, "wait", *[("x", i) for i in range(8)])
-    blobs = Path(cluster.directory) / "blobs"
 
     def damage_one() -> None:
-        wait_until(lambda: len(tasks.runs(folder)) == 8 and blob_files(blobs))
+        wait_until(lambda: len(tasks.runs(folder)) == 8 and place.large_values())
         time.sleep(0.3)
-        damage(blob_files(blobs)[0])
+        place.damage(place.large_values()[0], damage)
         (folder / "go").touch()
 
     damager = threading.Thread(target=damage_one)
@@ -433,9 +472,3 @@ def test_a_lost_blob_is_made_again(cluster, folder, damage) -> None:
     runs = tasks.runs(folder)
     assert runs.pop("go") == 0
     assert 8 < sum(runs.values()) <= 16
-
-
-def blob_files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1000
-    )

@@ -74,17 +74,25 @@ def _default_calls() -> CallExecutor:
         return _calls
 
 
-def attach(job: str, place: str | os.PathLike[str], timeout_s: float | None = None) -> Any:
+def attach(
+    job: str,
+    place: str | os.PathLike[str],
+    timeout_s: float | None = None,
+    *,
+    blobs: str | None = None,
+) -> Any:
     """Gather a job that a client which is gone has left in a store.
 
     Args:
         job: its id.
         place: the `directory` or the `store` (`redis://...`) of the cluster that launched it.
+        blobs: where that cluster kept large values, if elsewhere.
     Returns: what that client would have got. What is finished is not run again.
     Raises:
         JobNotFound: there is no such job.
     """
     where = os.fspath(place)
     is_url = "://" in where
-    with LocalCluster(store=where) if is_url else LocalCluster(directory=where) as cluster:
+    store, directory = (where, None) if is_url else (None, where)
+    with LocalCluster(store=store, directory=directory, blobs=blobs) as cluster:
         return cluster.attach(job, timeout_s)
