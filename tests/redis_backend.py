@@ -9,7 +9,8 @@ from storage_contract import SILENCE_S, Clock
 
 from wukong.executor.messages import AttemptId, Entry, Grant, HolderId, Status
 from wukong.storage.redis import RedisJobStore
-from wukong.storage.redis_link import Command, Link, pack, parse_url
+from wukong.storage.redis_link import Command, Link, pack
+from wukong.storage.redis_url import parse_url
 from wukong.storage.redis_wire import RedisWire
 from wukong.storage.rows import (
     ExportRow,

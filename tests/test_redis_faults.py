@@ -1,4 +1,7 @@
-"""Jobs on real Redis servers that are killed, stopped, full, replaced; and executors that die."""
+"""Jobs on real Redis servers that are killed, stopped, full, replaced, or give slots away.
+
+Executors and clients that die are in `test_faults`, for all stores.
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import fault_tasks as tasks
-import psutil
 import pytest
-from click.testing import CliRunner
 from servers import needs
 
 needs("redis", "msgpack")
+pytest.register_assert_rewrite("storage_contract")
 
-from redis_servers import Server, ServerCluster, TlsServer, free_port, n_calls, wait_until  # noqa: E402
-from test_faults import start_script, storm  # noqa: E402
+from redis_servers import (  # noqa: E402
+    Server,
+    ServerCluster,
+    ValkeyServer,
+    free_port,
+    n_calls,
+    wait_until,
+)
+from storage_contract import T0, commit, create  # noqa: E402
 
 import wukong  # noqa: E402
-from wukong import cli, errors  # noqa: E402
-from wukong.executor.messages import JobId  # noqa: E402
+from wukong import errors  # noqa: E402
+from wukong.executor.messages import Receipt  # noqa: E402
 from wukong.storage import open_store  # noqa: E402
 from wukong.storage.redis_link import slot_of  # noqa: E402
-
-SOON_S = 20.0
-KINDS = {"standalone": Server, "cluster": ServerCluster, "TLS and ACL": TlsServer}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server | ServerCluster]:
-    with tempfile.TemporaryDirectory() as folder:
-        server = KINDS[request.param](Path(folder))
-        yield server
-        server.stop()
-
-
-@pytest.fixture
-def cluster(server: Server | ServerCluster) -> Iterator[wukong.LocalCluster]:
-    """Two processes; afterwards the pool works, and nothing is left in Redis."""
-    with wukong.LocalCluster(2, store=server.url, timeout_s=60) as cluster:
-        yield cluster
-        assert cluster.get({"alive": (tasks.increment, 1)}, "alive", timeout_s=SOON_S) == 2
-        assert cluster.jobs() == ()
-        assert cluster._store.blobs.used_bytes() == 0
-    assert n_keys(server) == 0
-
-
-def n_keys(server: Server | ServerCluster) -> int:
-    servers = server.servers if isinstance(server, ServerCluster) else [server]
-    return sum(one.n_keys() for one in servers)
 
 
 def counting_graph(folder: Path, n: int, duration_s: float) -> dict[object, object]:
@@ -65,114 +48,6 @@ def counting_graph(folder: Path, n: int, duration_s: float) -> dict[object, obje
 
 def total(n: int) -> int:
     return sum(range(1, n + 1))
-
-
-# ---------------------------------------------------------------- executors that die
-
-
-@pytest.mark.slow
-def test_jobs_survive_random_kills(cluster: wukong.LocalCluster) -> None:
-    found = storm(cluster, 2, 0.001)
-    assert found["kills"] >= 2
-    assert found["worst_s"] < SOON_S
-
-
-@pytest.mark.slow
-def test_a_task_that_kills_its_executors_is_named(cluster: wukong.LocalCluster) -> None:
-    graph: dict[object, object] = {("x", i): (tasks.increment, i) for i in range(100)}
-    graph["it"] = (tasks.go_wrong, "killed", ("x", 1))
-    with pytest.raises(errors.TaskError, match=r"killed its executor 3 times.*SIGKILL"):
-        cluster.get(graph, list(graph))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("server", ["standalone", "cluster"], indirect=True)
-def test_a_lost_blob_is_made_again(
-    cluster: wukong.LocalCluster, server: Server | ServerCluster, tmp_path: Path
-) -> None:
-    folder, size = tmp_path / "runs", 300_000
-    folder.mkdir()
-    graph: dict[object, object] = {
-        ("x", i): (tasks.ones_after, str(folder), i, size) for i in range(4)
-    }
-    graph["wait"] = (tasks.wait_for, str(folder / "go"))
-    graph["it"] = (tasks.n_bytes_after, "wait", *[("x", i) for i in range(4)])
-    blobs = cluster._store.blobs
-
-    def damage() -> None:
-        wait_until(lambda: len(tasks.runs(folder)) == 4 and blobs.used_bytes() >= 4 * size)
-        servers = server.servers if isinstance(server, ServerCluster) else [server]
-        names = [(one, name) for one in servers for name in one.keys("wukong:b:*")]
-        one, name = names[0]
-        one.ask("DEL", name)
-        (folder / "go").touch()
-
-    damager = threading.Thread(target=damage)
-    damager.start()
-    assert cluster.get(graph, "it") == 4 * size
-    damager.join(SOON_S)
-    runs = tasks.runs(folder)
-    assert runs.pop("go") == 0
-    assert 4 < sum(runs.values()) <= 8
-
-
-CLIENT = """
-    import sys, fault_tasks as tasks, wukong
-    with wukong.LocalCluster(2, store=sys.argv[1]) as cluster:
-        graph = {("x", i): (tasks.counted_sum, sys.argv[2], i, 0.05, i) for i in range(40)}
-        graph["sum"] = (tasks.add, *graph)
-        cluster.get(graph, "sum")
-"""
-
-
-def kill_client(url: str, folder: Path) -> JobId:
-    """Kill a client in mid-job, and wait for its executors. Returns: the job."""
-    with start_script(CLIENT, url, folder) as script:
-        try:
-            wait_until(lambda: len(tasks.runs(folder)) >= 4, 60.0)
-            executors = psutil.Process(script.pid).children(recursive=True)
-        finally:
-            script.kill()
-    assert psutil.wait_procs(executors, timeout=SOON_S)[1] == []
-    store = open_store(url)
-    (job,) = store.jobs.jobs()
-    store.jobs.close()
-    return job
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("server", ["standalone", "TLS and ACL"], indirect=True)
-def test_a_job_whose_client_is_killed_can_be_attached_to(
-    server: Server | ServerCluster, tmp_path: Path
-) -> None:
-    job = kill_client(server.url, tmp_path)
-    assert wukong.attach(job, server.url, timeout_s=SOON_S) == total(40)
-    assert set(tasks.runs(tmp_path).values()) == {1}
-    with pytest.raises(errors.JobNotFound):
-        wukong.attach(job, server.url)
-    assert n_keys(server) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("server", ["cluster"], indirect=True)
-def test_the_sweeper_offers_a_job_without_client_to_the_pools(
-    server: Server | ServerCluster, tmp_path: Path
-) -> None:
-    job = kill_client(server.url, tmp_path)
-    run = CliRunner().invoke(cli.main, ["sweep", server.url, "--once"])
-    assert run.exit_code == 0
-    assert f"job {job}: running" in run.output
-    assert "no executors wait there" in run.output
-    with wukong.LocalCluster(1, store=server.url) as cluster:
-
-        def is_done() -> bool:
-            run = CliRunner().invoke(cli.main, ["sweep", server.url, "--once"])
-            time.sleep(0.1)
-            return f"job {job}: done, 41 of 41 tasks done" in run.output
-
-        wait_until(is_done)
-        assert cluster.attach(job) == total(40)
-        assert set(tasks.runs(tmp_path).values()) == {1}
 
 
 # ---------------------------------------------------------------- servers that die
@@ -241,6 +116,72 @@ def test_a_result_is_reported_when_the_replica_has_it() -> None:
 
 
 @pytest.mark.slow
+def test_what_is_confirmed_is_on_disk() -> None:
+    """On Valkey, whatever Redis is installed: WAITAOF is not older than Redis 7.2."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ValkeyServer(Path(folder), "appendonly yes", "appendfsync everysec") as server,
+    ):
+        with wukong.LocalCluster(1, store=f"{server.url}?on_disk=yes", timeout_s=60) as cluster:
+            assert cluster.get({"x": (tasks.increment, 1)}, "x") == 2
+        assert n_calls(server, "waitaof") == 2  # at the job's start, whether it can, and its end
+        store = open_store(f"{server.url}?on_disk=yes")
+        store.jobs.create(create())
+        assert isinstance(store.jobs.commit(commit(T0)), Receipt)
+        store.jobs.confirm("job")
+        server.kill()
+        # As a machine that loses its power: what was not on disk is gone.
+        server.start()
+        view = store.jobs.view("job")
+        assert view is not None
+        assert view.n_commits == 1
+        store.jobs.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_nothing_on_disk_says_so() -> None:
+    with tempfile.TemporaryDirectory() as folder, ValkeyServer(Path(folder)) as server:
+        store = open_store(f"{server.url}?on_disk=yes")
+        with pytest.raises(errors.StoreError, match=r"needs Valkey.*appendonly"):
+            store.jobs.create(create())
+        store.jobs.close()
+        assert server.n_keys() == 0
+
+
+@pytest.mark.slow
+def test_slots_that_move_to_another_node_in_mid_job_are_followed(tmp_path: Path) -> None:
+    n = 60
+    graph: dict[object, object] = {
+        ("x", i): (tasks.ones_after, str(tmp_path), i, 100_000) for i in range(n)
+    }
+    graph |= {("y", i): (tasks.sleep_and_pass, 0.05, ("x", i)) for i in range(n)}
+    graph["sum"] = (tasks.n_bytes, *[("y", i) for i in range(n)])
+    with tempfile.TemporaryDirectory() as folder, ServerCluster(Path(folder)) as servers:
+        found: list[object] = []
+        with (
+            dask.config.set({"wukong.executor.strands": False}),
+            wukong.LocalCluster(2, store=servers.url, timeout_s=90) as cluster,
+        ):
+            cluster.get({"warm": (tasks.increment, 1)}, "warm")
+            cluster.jobs()
+            thread = threading.Thread(target=lambda: found.append(cluster.get(graph, "sum")))
+            thread.start()
+            wait_until(lambda: len(tasks.runs(tmp_path)) >= 10)
+            (job,) = cluster._store.jobs.jobs()
+            blobs = [key for server in servers.servers for key in server.keys("wukong:b:*")]
+            for key in (f"wukong:{{{job}}}:j", *blobs[:5]):
+                servers.move_slot(slot_of(key.encode()), pause_s=0.2)
+            thread.join(90)
+            assert found == [n * 100_000]
+            assert cluster.jobs() == ()
+        redirections = servers.n_errors()
+        assert redirections["MOVED"] >= 1
+        assert redirections["ASK"] + redirections["TRYAGAIN"] >= 1
+        assert sum(server.n_keys() for server in servers.servers) == 0
+    assert set(tasks.runs(tmp_path).values()) == {1}
+
+
+@pytest.mark.slow
 def test_a_full_server_is_named_and_loses_nothing(tmp_path: Path) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -255,7 +196,7 @@ def test_a_full_server_is_named_and_loses_nothing(tmp_path: Path) -> None:
             assert cluster.get(small, list(small)) == tuple(range(1, 11))
             server.ask("CONFIG", "SET", "maxmemory", "200mb")
             assert sum(map(len, cluster.get(graph, list(graph)))) == 24_000_000
-        assert n_keys(server) == 0
+        assert server.n_keys() == 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 from servers import needs
 
 needs("redis", "msgpack")
+pytest.register_assert_rewrite("storage_contract")
 
 from redis_servers import ACL_LINE, Server, n_calls, wait_until  # noqa: E402
 from storage_contract import T0, commit, create, output  # noqa: E402
@@ -24,7 +25,8 @@ from wukong.errors import StoreError, StoreUnavailable  # noqa: E402
 from wukong.executor.messages import Grant, Receipt  # noqa: E402
 from wukong.executor.serialize import derive_key  # noqa: E402
 from wukong.storage import Store, open_store  # noqa: E402
-from wukong.storage.redis_link import parse_url, slot_of, with_options  # noqa: E402
+from wukong.storage.redis_link import slot_of  # noqa: E402
+from wukong.storage.redis_url import parse_url, with_options  # noqa: E402
 
 SECRET = bytes(range(100, 132))
 

@@ -34,7 +34,8 @@ from storage_walk import Walk
 from test_stores import MemoryBackend
 
 from wukong.storage.redis_blobs import RedisBlobs
-from wukong.storage.redis_link import Link, parse_url, with_options
+from wukong.storage.redis_link import Link
+from wukong.storage.redis_url import parse_url, with_options
 
 KINDS = {
     "standalone": Server,

@@ -42,7 +42,7 @@ from wukong.executor.pool_handed import HandedExecutor, HandedTokens
 from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
 from wukong.executor.run import Executor
 from wukong.executor.work import Policy
-from wukong.storage import open_store
+from wukong.storage import modules_of, open_store
 
 BOOT = (
     "import sys; sys.path[:] = filter(None, sys.path); "  # a user's random.py is not ours
@@ -157,11 +157,7 @@ class Zygote:
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         # Garbage that is never collected leaves no holes, which children would fill by copying.
         gc.disable()
-        if settings.store_url.startswith("local:"):
-            # `open_store` imports them only when it is asked for such a store.
-            importlib.import_module("wukong.storage.blobfiles")
-            importlib.import_module("wukong.storage.local")
-        for module in settings.preload:
+        for module in (*modules_of(settings.store_url), *settings.preload):
             importlib.import_module(module)
         self._entry = _find(settings.entry)
         gc.freeze()

@@ -56,7 +56,7 @@ def open_store(
 
     Args:
         url: `memory://`, a new store for this process each time, `local:///directory`, or one of
-            `wukong.storage.redis_link.RedisUrl`.
+            `wukong.storage.redis_url.RedisUrl`.
         blobs: where large blobs go instead: `s3://bucket/prefix`, with options as
             `?region=eu-west-1&endpoint_url=...&tier_bytes=65536` (the names and defaults stand in
             the configuration, under `wukong.s3`). Blobs below `tier_bytes` stay with the jobs; 0
@@ -86,6 +86,16 @@ def open_store(
     return replace(store, blobs=tiers, is_remote=True)
 
 
+def modules_of(url: str) -> tuple[str, ...]:
+    """What `open_store` imports for such a store; worth doing once for all executors."""
+    scheme = urlsplit(url).scheme
+    if scheme == "local":
+        return "wukong.storage.blobfiles", "wukong.storage.local"
+    if scheme in REDIS_SCHEMES:
+        return "msgpack", "redis.connection", "wukong.storage.redis", "wukong.storage.redis_blobs"
+    return ()
+
+
 def resolve_blobs(blobs: str) -> str:
     """The URL that means to executors what this one means here: the configuration is in it.
 
@@ -101,7 +111,7 @@ def resolve_store(url: str) -> str:
     """The URL that means to executors what this one means here: the configuration is in it."""
     if urlsplit(url).scheme not in REDIS_SCHEMES:
         return url
-    from wukong.storage.redis_link import with_options
+    from wukong.storage.redis_url import with_options
 
     return with_options(
         url,
@@ -148,7 +158,8 @@ def _open_redis(
 ) -> Store:
     from wukong.storage.redis import RedisJobStore
     from wukong.storage.redis_blobs import RedisBlobs
-    from wukong.storage.redis_link import Link, parse_url
+    from wukong.storage.redis_link import Link
+    from wukong.storage.redis_url import parse_url
     from wukong.storage.secret import deployment_secret
 
     link = Link(parse_url(resolve_store(url)))

@@ -3,7 +3,8 @@
 Each operation of `wukong.storage.state` and `wukong.storage.oversight` is one call of a script,
 which the server runs at once or not at all. What lies where:
 
-    redis_link           URLs, connections, a cluster's nodes, errors
+    redis_url            URLs
+    redis_link           connections, a cluster's nodes, errors
     redis_wire           requests and replies
     redis_watch          waiting for news, without polling
     redis_blobs          large values
@@ -51,7 +52,7 @@ from wukong.executor.messages import (
 )
 from wukong.storage.contract import CallingStore
 from wukong.storage.redis_blobs import index_key, listing_key, renew_blobs
-from wukong.storage.redis_link import Command, Link, pack
+from wukong.storage.redis_link import N_ROUNDS, Command, Link, pack
 from wukong.storage.redis_watch import Watchers, listen
 from wukong.storage.redis_wire import APPLIED, RedisWire, ids, invocations, or_false
 from wukong.storage.rows import MANIFEST
@@ -126,6 +127,7 @@ class RedisJobStore(CallingStore):
         if not job or set(job) & set("{}*?[]\\ /"):
             raise ValueError(f"a job's id has no braces, blanks, slashes or wildcards: {job!r}")
         # Before the job is there, so that no news is missed, and the first wait need not look.
+        self.link.check_durability(self._key(job, "j"))
         self._watchers.prepare(job, self._key(job, "j"))
         listing = pack(b"ZADD", self._listing, b"%.3f" % time.time(), job.encode())
         commands = [Command(self._listing, listing)]
@@ -402,15 +404,15 @@ class RedisJobStore(CallingStore):
     def _run(self, commands: Sequence[Command]) -> list[Any]:
         """Run commands in one round trip, and once more what met a server without our scripts."""
         replies = self.link.run(commands)
-        unknown = [i for i, reply in enumerate(replies) if is_unknown_script(reply)]
-        if unknown:
+        for _ in range(N_ROUNDS):  # a slot that moves is at one node after the other
+            unknown = [i for i, reply in enumerate(replies) if is_unknown_script(reply)]
+            if not unknown:
+                break
+            for refusal in {replies[i].__dict__.get("node"): replies[i] for i in unknown}.values():
+                for script in (self._state, self._oversight, self._extension):
+                    self.link.load(script.text, refusal)
             # All that follows is repeated, too: it may build on what was not done.
-            again = list(commands[unknown[0] :])
-            for script in (self._state, self._oversight, self._extension):
-                load = pack(b"SCRIPT", b"LOAD", script.text)
-                keys = {self.link.address_of(c.key): c.key for c in again}
-                self.link.run_checked([Command(key, load) for key in keys.values()])
-            replies[unknown[0] :] = self.link.run(again)
+            replies[unknown[0] :] = self.link.run(commands[unknown[0] :])
         for command, reply in zip(commands, replies, strict=True):
             if isinstance(reply, Exception):
                 raise self.link.translate(reply, command.key)

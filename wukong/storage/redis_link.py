@@ -1,4 +1,4 @@
-"""Connections to Redis or Valkey: URLs, commands in, replies out, errors translated.
+"""Connections to Redis or Valkey: commands in, replies out, errors translated.
 
 One connection for each thread and node, since a thread waits for its reply anyway, and since what
 `WAIT` says holds for one connection. Commands for several nodes are all sent before any reply is
@@ -15,20 +15,16 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from wukong.errors import InternalError, StoreError, StoreFull, StoreUnavailable
+from wukong.storage.redis_url import Address, RedisUrl, import_redis
 
-SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
 N_SLOTS = 16384
 N_ROUNDS = 5
 """How often one command follows redirections: a resharding moves a slot once."""
 CONNECT_S = 2.0
 """A server that does not accept a connection for so long is away."""
-TIMEOUT_S = 5.0
-"""A reply that takes longer will not come: scripts run for milliseconds."""
 AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "READONLY", "MISCONF")
 """Errors that pass by themselves: restarts, failovers, resharding."""
 AWAY_ERRORS = ("ClusterDownError", "MasterDownError", "ReadOnlyError", "TryAgainError")
@@ -41,121 +37,6 @@ class Command(NamedTuple):
     key: bytes
     """A key that it uses, by whose slot a cluster's node is found."""
     packed: bytes
-
-
-class Address(NamedTuple):
-    """Where a server listens: a port, or a unix socket (port 0)."""
-
-    host: str
-    port: int
-
-
-@dataclass(frozen=True, slots=True)
-class RedisUrl:
-    """What a URL says.
-
-    redis://[user:password@]host:port[/database][?option=value&...], rediss:// for TLS,
-    redis+cluster:// and rediss+cluster:// (nodes separated by commas), unix:///path/of/socket.
-    """
-
-    addresses: tuple[Address, ...]
-    is_cluster: bool
-    prefix: str
-    """Of all keys and channels."""
-    lease_s: float
-    """A job that nobody has renewed for this long vanishes."""
-    chunk_bytes: int
-    """A longer blob is stored in pieces of this size."""
-    n_replicas: int
-    """Replicas that must have a change before it counts as durable; all, where there are fewer."""
-    is_on_disk: bool
-    """A change must be on the server's disk before it counts as durable (Redis 7.2, Valkey)."""
-    timeout_s: float
-    options: dict[str, Any]
-    """redis-py's, of a connection."""
-    is_encrypted: bool
-
-    def __str__(self) -> str:
-        """The URL without its password, for messages."""
-        listed = ",".join(f"{host}:{port}" if port else host for host, port in self.addresses)
-        return f"redis{'s' if self.is_encrypted else ''}://{listed}"
-
-    @property
-    def is_durable(self) -> bool:
-        """Something has to be waited for before a change is sure to survive."""
-        return self.n_replicas > 0 or self.is_on_disk
-
-
-def parse_url(url: str) -> RedisUrl:
-    """Read a URL.
-
-    Raises:
-        ValueError: it is none, or an option has no such value.
-        ImportError: redis-py is missing; install `wukong[redis]`.
-    """
-    connection = import_redis().connection
-    parts = urlsplit(url)
-    scheme, _, kind = parts.scheme.partition("+")
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"no such store: {parts.scheme}://; there are {', '.join(SCHEMES)}")
-    own = dict(parse_qsl(parts.query))
-    prefix = own.pop("prefix", "wukong:")
-    if not prefix or set(prefix) & set("{}*?[]\\ "):
-        raise ValueError(f"a prefix of keys has no braces, blanks or wildcards: {prefix!r}")
-    lease_s = float(own.pop("lease_s", 3600.0))
-    chunk_bytes = int(own.pop("chunk_bytes", 16 << 20))
-    n_replicas = int(own.pop("replicas", 0))
-    is_on_disk = own.pop("on_disk", "no") == "yes"
-    timeout_s = float(own.pop("timeout_s", TIMEOUT_S))
-    if lease_s <= 0 or chunk_bytes <= 0 or timeout_s <= 0 or n_replicas < 0:
-        raise ValueError("lease_s, chunk_bytes and timeout_s are positive, replicas is 0 or more")
-    login, _, hosts = parts.netloc.rpartition("@")
-    addresses = []
-    options: dict[str, Any] = {}
-    for host in hosts.split(","):
-        netloc = f"{login}@{host}" if login else host
-        options = connection.parse_url(f"{scheme}://{netloc}{parts.path}?{parts.query}")
-        # A URL's own options are read above; what is left is redis-py's.
-        for name in ("prefix", "lease_s", "chunk_bytes", "replicas", "on_disk", "timeout_s"):
-            options.pop(name, None)
-        options.pop("connection_class", None)
-        path = options.pop("path", None)
-        port = options.pop("port", 6379)
-        addresses.append(Address(path or options.pop("host", "localhost"), 0 if path else port))
-    return RedisUrl(
-        addresses=tuple(addresses),
-        is_cluster=kind == "cluster",
-        prefix=prefix,
-        lease_s=lease_s,
-        chunk_bytes=chunk_bytes,
-        n_replicas=n_replicas,
-        is_on_disk=is_on_disk,
-        timeout_s=timeout_s,
-        options=options,
-        is_encrypted=scheme == "rediss",
-    )
-
-
-def with_options(url: str, **defaults: object) -> str:
-    """A URL with options added that it does not name itself."""
-    parts = urlsplit(url)
-    options = {k: str(v) for k, v in defaults.items()} | dict(parse_qsl(parts.query))
-    query = urlencode(options)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{query}" if query else "")
-
-
-def import_redis() -> Any:
-    """redis-py, which is optional.
-
-    Raises:
-        ImportError: it says what to install.
-    """
-    try:
-        import redis
-        import redis.connection
-    except ImportError as error:
-        raise ImportError("stores on Redis need redis-py: pip install 'wukong[redis]'") from error
-    return redis
 
 
 def pack(*arguments: bytes) -> bytes:
@@ -271,7 +152,16 @@ class Link:
         self._lines: weakref.WeakSet[Line] = weakref.WeakSet()
         self._slots: list[Address] = []
         """The node of each slot; empty: not known."""
+        self._is_checked = False
+        """The server can do what `confirm` asks for."""
         self._is_closed = False
+
+    def load(self, script: bytes, refusal: Any) -> None:
+        """Send a script to the server, or the node, that has refused to run it."""
+        address = getattr(refusal, "node", self.url.addresses[0])
+        reply = self._exchange(address, [pack(b"SCRIPT", b"LOAD", script)])[0]
+        if isinstance(reply, Exception):
+            raise self._line(address).translate(reply)
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
         """Run commands, in order for each node; returns their replies, error replies as objects.
@@ -317,9 +207,10 @@ class Link:
         """The node that has a key."""
         if not self.url.is_cluster:
             return self.url.addresses[0]
-        if not self._slots:
-            self._slots = self._find_slots()
-        return self._slots[slot_of(key)]
+        slots = self._slots  # another thread may forget them meanwhile
+        if not slots:
+            slots = self._slots = self._find_slots()
+        return slots[slot_of(key)]
 
     def confirm(self, key: bytes) -> None:
         """Wait until what this thread has changed near this key is as durable as is asked for.
@@ -341,10 +232,32 @@ class Link:
         command = pack(b"WAITAOF", b"1", *fields) if self.url.is_on_disk else pack(b"WAIT", *fields)
         reply = self._exchange(line.address, [command], may_reconnect=False)[0]
         if isinstance(reply, Exception):
-            raise line.translate(reply)
+            raise self._durability_error(line, reply)
         n_on_disk, n_replicas = reply if isinstance(reply, list) else (1, reply)
         if n_on_disk < 1 or n_replicas < wanted:
             raise StoreUnavailable(f"{self.url}: not yet on {wanted} replicas, or not on disk")
+
+    def check_durability(self, key: bytes) -> None:
+        """Find out whether the server can do what `confirm` will ask of it; asks once.
+
+        Raises:
+            StoreError: it cannot; the message says what it lacks.
+        """
+        if self._is_checked or not self.url.is_on_disk:
+            return
+        line = self._line(self.address_of(key))
+        reply = self._exchange(line.address, [pack(b"WAITAOF", b"1", b"0", b"1")])[0]
+        if isinstance(reply, Exception):
+            raise self._durability_error(line, reply)
+        self._is_checked = True
+
+    def _durability_error(self, line: Line, error: Exception) -> Exception:
+        text = str(error)
+        if "appendonly" in text or "unknown command" in text:
+            return StoreError(
+                f"{self.url}: on_disk=yes needs Valkey or Redis 7.2 with 'appendonly yes': {text}"
+            )
+        return line.translate(error)
 
     def open_line(self, address: Address) -> Line:
         """A connection for the caller alone, who closes it."""
@@ -383,12 +296,15 @@ class Link:
             (address, [p for i in own for p in _asking(i in asked, commands[i].packed)])
             for address, own in by_node.items()
         ]
-        for own, batch in zip(by_node.values(), self._exchange_all(batches), strict=True):
+        answers = self._exchange_all(batches)
+        for (address, own), batch in zip(by_node.items(), answers, strict=True):
             found = iter(batch)
             for i in own:
                 if i in asked:
                     next(found)
                 replies[i] = next(found)
+                if isinstance(replies[i], Exception):
+                    replies[i].node = address
 
     def _exchange_all(self, batches: list[tuple[Address, list[bytes]]]) -> list[list[Any]]:
         """Send to several nodes, and then read from all of them."""
