@@ -223,3 +223,49 @@ def test_a_defect_ends_the_lane_and_is_raised(world) -> None:
     with pytest.raises(LookupError, match="a defect"):
         lane.end()
     assert len(told) == 1
+
+
+def test_a_task_that_waits_for_the_other_lane_lends_its_turn(world) -> None:
+    turn = Turn()
+    policy = Policy(prefetch_bytes=1 << 30)
+    lanes = [LaneExecutor(turn, HolderId("h"), world.store, Nobody(), policy) for _ in range(2)]
+    submission = world.launch()
+    is_first = threading.Lock()
+
+    def compute(x, y):
+        if is_first.acquire(blocking=False):
+            lender = lanes[0]._place.lender
+            lender.lend(HolderId("h"))
+            deadline = time.monotonic() + 20
+            while not world.runs:  # it waits for what the second lane computes
+                assert time.monotonic() < deadline, "the second lane does not compute"
+                time.sleep(0.001)
+            lender.take_back()
+            return x + y
+        return World.compute(world, x, y)
+
+    world.compute = compute
+    lane = SecondLane(lanes[1], turn, world.store.queue.n_queued, 1, lanes[1].take)
+    while lanes[0].take():
+        pass
+    lane.end()
+    assert len(world.runs) == N_STRANDS - 1
+    world.check(submission)
+
+
+def test_a_lane_that_is_to_end_begins_no_task(world) -> None:
+    submission = world.launch()
+    turn = Turn()
+    executor = LaneExecutor(turn, HolderId("h"), world.store, Nobody(), Policy(prefetch_bytes=1))
+    with turn:
+        thread = threading.Thread(target=executor.take)
+        thread.start()
+        while executor.held is None:
+            time.sleep(0.001)
+        executor.drain()
+    thread.join()
+    assert world.runs == []
+    view = world.store.jobs.view(submission.job)
+    assert (view.n_running, view.n_queued, view.n_deaths) == (0, N_STRANDS, 0)
+    world.store.jobs.forget(submission.job)
+    world.store.blobs.delete_job(submission.job)

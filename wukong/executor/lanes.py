@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 from wukong.executor.events import Event, Fetch
 from wukong.executor.invoker import Invoker
 from wukong.executor.messages import HolderId, Part
 from wukong.executor.run import Executor
+from wukong.executor.scene import Lender
 from wukong.executor.work import Policy
 from wukong.storage import Store
 
@@ -26,22 +28,41 @@ LOOK_S = 0.05
 
 
 class Turn:
-    """Lets one lane at a time compute, and tells when a run begins."""
+    """Lets one lane at a time compute, and tells when a run begins.
+
+    A task that waits for others lends its turn, lest the other lane holds what it waits for.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._changed = threading.Condition()
+        self._n_running = 0
+        self._n_lent = 0
+        """Runs whose tasks wait."""
         self._n_begun = 0
         self._is_over = False
 
     def __enter__(self) -> None:
-        self._lock.acquire()
         with self._changed:
+            self._changed.wait_for(lambda: self._n_running <= self._n_lent)
+            self._n_running += 1
             self._n_begun += 1
             self._changed.notify_all()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        with self._changed:
+            self._n_running -= 1
+            self._changed.notify_all()
+
+    def lend(self) -> None:
+        """A task waits: the other lane may compute meanwhile."""
+        with self._changed:
+            self._n_lent += 1
+            self._changed.notify_all()
+
+    def take_back(self) -> None:
+        """The task goes on; so does whatever has begun meanwhile."""
+        with self._changed:
+            self._n_lent -= 1
 
     def wait_begun(self, n_known: int) -> int | None:
         """Wait until more runs have begun than are known. None: it is over."""
@@ -59,6 +80,24 @@ class Turn:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+
+
+class _TurnLender:
+    """Lends a lane's turn together with its executor's place."""
+
+    def __init__(self, turn: Turn, inner: Lender) -> None:
+        self._turn = turn
+        self._inner = inner
+
+    def lend(self, holder: HolderId) -> None:
+        """See `Lender`."""
+        self._turn.lend()
+        self._inner.lend(holder)
+
+    def take_back(self) -> None:
+        """See `Lender`."""
+        self._inner.take_back()
+        self._turn.take_back()
 
 
 class LaneExecutor(Executor):
@@ -79,6 +118,7 @@ class LaneExecutor(Executor):
         on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(holder, store, invoker, policy, on_stuck)
+        self._place = replace(self._place, lender=_TurnLender(turn, self._place.lender))
         self._turn = turn
         self._prefetch_bytes = policy.prefetch_bytes
 
@@ -91,8 +131,9 @@ class LaneExecutor(Executor):
 
     def _run(self, part: Part, limit: int) -> Event:
         with self._turn:
-            # Its token may have been spent by somebody else meanwhile.
-            return super()._run(part, 0 if self._core.is_doomed else limit)
+            # Its token may have been spent by somebody else meanwhile; or this place ends.
+            is_late = self._core.is_doomed or self._core.is_draining
+            return super()._run(part, 0 if is_late else limit)
 
 
 class SecondLane:
@@ -109,7 +150,7 @@ class SecondLane:
 
     def __init__(
         self,
-        executor: LaneExecutor,
+        executor: Executor,
         turn: Turn,
         n_queued: Callable[[], int],
         n_enough: int,

@@ -372,8 +372,8 @@ class ProcessPool:
         if self._tokens is None:
             return len(released)
         # Also what it was handed and has not started, or has minted and not handed on.
-        job = self._tokens.last_job(seat)
-        queued = self._jobs.queued(job) if job is not None else ()
+        jobs = self._tokens.last_jobs(seat)
+        queued = [invocation for job in jobs for invocation in self._jobs.queued(job)]
         self._tokens.push(tuple(dict.fromkeys((*released, *queued))), is_repeated=True)
         return self._tokens.n_queued()
 

@@ -6,7 +6,7 @@ queue is a file in memory that the pool's processes share:
 
     header            how many tokens, where the next record goes, and the lanes: one for each
                       priority, with the places of its first and last record
-    a note each seat  the job that the executor on it was handed last
+    two notes a seat  the jobs that the executors on it, of two lanes, were handed last
     records           place of the next one in the lane, length, marshal of (job, token)
 
 A lock of the kernel guards it, which ends with its holder's process. A record is written before the
@@ -17,6 +17,7 @@ the store decides who runs a token, and a token that was lost here is found by t
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import marshal
 import os
@@ -25,6 +26,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from wukong.executor.lanes import LaneExecutor
 from wukong.executor.messages import Invocation, JobId, TokenId
 from wukong.executor.run import Executor
 from wukong.storage import Store
@@ -61,9 +63,15 @@ class HandedTokens:
 
     def __init__(self, fd: int, n_seats: int, seat: int = 0) -> None:
         self.fd = self._fd = fd
-        self._seat = seat
-        self._base = _HEADER_BYTES + n_seats * NOTE_BYTES
+        self._note = 2 * seat
+        self._base = _HEADER_BYTES + 2 * n_seats * NOTE_BYTES
         self._lock = threading.Lock()
+
+    def beside(self) -> HandedTokens:
+        """The same queue for the seat's second lane."""
+        other = copy.copy(self)  # and with it the lock of this process's threads
+        other._note += 1
+        return other
 
     def push(self, invocations: Sequence[Invocation], is_repeated: bool = False) -> None:
         """Append tokens.
@@ -112,11 +120,11 @@ class HandedTokens:
         found = os.pread(self._fd, 8, 0)
         return int.from_bytes(found, "little")
 
-    def last_job(self, seat: int) -> JobId | None:
-        """The job that the executor on a seat was handed last."""
-        note = os.pread(self._fd, NOTE_BYTES, _HEADER_BYTES + seat * NOTE_BYTES)
-        name = note.partition(b"\0")[0].decode()
-        return JobId(name) if name else None
+    def last_jobs(self, seat: int) -> tuple[JobId, ...]:
+        """The jobs that the executors on a seat were handed last."""
+        notes = os.pread(self._fd, 2 * NOTE_BYTES, _HEADER_BYTES + 2 * seat * NOTE_BYTES)
+        names = [notes[i : i + NOTE_BYTES].partition(b"\0")[0] for i in (0, NOTE_BYTES)]
+        return tuple(JobId(name.decode()) for name in dict.fromkeys(names) if name)
 
     # -------------------------------------------------------------- the file
 
@@ -162,7 +170,7 @@ class HandedTokens:
 
     def _write_note(self, job: str) -> None:
         note = job.encode()[: NOTE_BYTES - 1].ljust(NOTE_BYTES, b"\0")
-        os.pwrite(self._fd, note, _HEADER_BYTES + self._seat * NOTE_BYTES)
+        os.pwrite(self._fd, note, _HEADER_BYTES + self._note * NOTE_BYTES)
 
 
 def _append(fd: int, lanes: list[tuple[int, int, int]], priority: int, place: int) -> None:
@@ -199,3 +207,12 @@ class HandedExecutor(Executor):
             return False
         self.run(invocation.job, invocation.token)
         return True
+
+
+class HandedLane(HandedExecutor, LaneExecutor):
+    """The same in one of two lanes.
+
+    Args:
+        tokens: the queue.
+        rest: of `LaneExecutor`.
+    """

@@ -14,7 +14,7 @@ import select
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from wukong.executor.messages import HolderId, Invocation
@@ -165,7 +165,8 @@ class ProcessSeat:
         self._tell = tell
         self._lock = threading.Lock()
         """Guards what follows."""
-        self._is_busy = True
+        self._n_busy = 1
+        """Threads that run tokens."""
         self._is_ending = False
         self._heart_rests = False
         self._executors: list[Runner] = []
@@ -210,18 +211,34 @@ class ProcessSeat:
         with self._lock:
             if self._is_ending:
                 return False
-            self._is_busy = False
+            self._n_busy -= 1
         self._count_waiting(1)
         if not is_queued():
             self._doorbell.wait()
         self._count_waiting(-1)
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        """One thread more runs tokens, and wants its heartbeat."""
         # Until this lock is passed the heart may end the process: nothing has been taken yet.
         with self._lock:
-            self._is_busy = True
+            self._n_busy += 1
             kick, self._heart_rests = self._heart_rests, False
         if kick:
             os.eventfd_write(self._kick_fd, 1)
-        return True
+
+    @contextlib.contextmanager
+    def _at_work(self, executor: Runner) -> Iterator[None]:
+        """Beat for one executor more, which runs tokens in a thread of its own."""
+        self._executors.append(executor)
+        self._begin()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_busy -= 1
+            self._executors.remove(executor)
 
     def _count_waiting(self, n: int) -> None:
         """Show this seat idle while any thread of it waits."""
@@ -233,9 +250,14 @@ class ProcessSeat:
         """Have the client kill this executor, and another one started."""
         self._tell("stuck")
 
-    def add(self, executor: Runner) -> None:
-        """Beat for one executor more, which runs in a thread of its own."""
-        self._executors.append(executor)
+    def beside(self, executor: Runner) -> Callable[[], bool]:
+        """How a second lane takes tokens for its executor; see `SecondLane`."""
+
+        def take() -> bool:
+            with self._at_work(executor):
+                return executor.take()
+
+        return take
 
     def fail(self, error: BaseException) -> None:
         """End the process by a defect of one of its threads; what it held is queued again."""
@@ -259,16 +281,14 @@ class ProcessSeat:
     def _deputise(self) -> None:
         assert self.new_executor is not None
         executor = self.new_executor(self)
-        self._executors.append(executor)
         try:
-            while self._is_deputy_wanted():
-                if not executor.take():
-                    self._rest_as_deputy()
+            with self._at_work(executor):
+                while self._is_deputy_wanted():
+                    if not executor.take():
+                        self._rest_as_deputy()
         except BaseException:
             traceback.print_exc()
             os._exit(FAILED)  # what it held is queued again, as if the process had died
-        finally:
-            self._executors.remove(executor)
 
     def _is_deputy_wanted(self) -> bool:
         with self._lock:
@@ -298,7 +318,7 @@ class ProcessSeat:
                     poll.unregister(self._lifeline_fd)
                     self._end()
                 with self._lock:
-                    self._heart_rests = not self._is_busy and len(self._executors) == 1
+                    self._heart_rests = not self._n_busy
                     if self._heart_rests:
                         release_memory()
                     timeout_s = None if self._heart_rests else LOOK_AFTER_S
@@ -315,7 +335,7 @@ class ProcessSeat:
 
     def _end(self) -> None:
         with self._lock:
-            if not self._is_busy:
+            if not self._n_busy:
                 flush_output()
                 os._exit(0)
             self._is_ending = True

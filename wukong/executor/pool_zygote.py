@@ -38,7 +38,7 @@ from typing import NoReturn
 
 from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
 from wukong.executor.messages import HolderId
-from wukong.executor.pool_handed import HandedExecutor, HandedTokens
+from wukong.executor.pool_handed import HandedExecutor, HandedLane, HandedTokens
 from wukong.executor.pool_seats import FAILED, Doorbell, ProcessSeat, flush_output, milliseconds
 from wukong.executor.run import Executor
 from wukong.executor.work import Policy
@@ -97,20 +97,24 @@ def run_executor(seat: ProcessSeat, settings: Settings) -> None:
         seat.hand = tokens.push
     queue = tokens or store.queue
     assert queue is not None, "the tokens of this store are handed to pools"
+    turn = Turn() if store.is_remote and settings.policy.prefetch_bytes else None
 
-    def new_executor(seat: ProcessSeat) -> Executor:
+    def new_executor(seat: ProcessSeat, tokens: HandedTokens | None = tokens) -> Executor:
         rest = (seat.holder, store, seat, settings.policy, seat.report_stuck)
-        return Executor(*rest) if tokens is None else HandedExecutor(tokens, *rest)
+        if turn is None:
+            return Executor(*rest) if tokens is None else HandedExecutor(tokens, *rest)
+        return LaneExecutor(turn, *rest) if tokens is None else HandedLane(tokens, turn, *rest)
 
     executor = new_executor(seat)
     seat.new_executor = new_executor
-    if tokens is None and store.is_remote and settings.policy.prefetch_bytes:
-        turn = Turn()
-        arguments = (turn, seat.holder, store, seat, settings.policy, seat.report_stuck)
-        executor, second = LaneExecutor(*arguments), LaneExecutor(*arguments)
-        seat.add(second)
-        SecondLane(second, turn, queue.n_queued, settings.n_seats, second.take, seat.fail)
-    seat.serve(executor, queue.n_queued)
+    if turn is None:
+        seat.serve(executor, queue.n_queued)
+    else:
+        second = new_executor(seat, tokens and tokens.beside())
+        take = seat.beside(second)
+        lane = SecondLane(second, turn, queue.n_queued, settings.n_seats, take, seat.fail)
+        seat.serve(executor, queue.n_queued)
+        lane.end()
     store.jobs.close()
 
 

@@ -25,6 +25,8 @@ N_ROUNDS = 5
 """How often one command follows redirections: a resharding moves a slot once."""
 CONNECT_S = 2.0
 """A server that does not accept a connection for so long is away."""
+NAMES, FORMER_NAMES = ("driver_info",), ("lib_name", "lib_version")
+"""Options by which redis-py tells the server its name: of its newer versions, and before."""
 AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "READONLY", "MISCONF")
 """Errors that pass by themselves: restarts, failovers, resharding."""
 AWAY_ERRORS = ("ClusterDownError", "MasterDownError", "ReadOnlyError", "TryAgainError")
@@ -76,6 +78,8 @@ class Line:
             "socket_timeout": url.timeout_s,
             "socket_connect_timeout": CONNECT_S,
             "protocol": 2,
+            # Nobody needs to hear which library calls: that would be two commands more.
+            **dict.fromkeys(NAMES if hasattr(connection, "DriverInfo") else FORMER_NAMES),
             **url.options,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         }
