@@ -144,3 +144,8 @@ def sleep_at_first(folder, name, duration_s):
     if n == 1:
         time.sleep(duration_s)
     return n
+
+
+def sleep_and_join(duration_s, *values):
+    time.sleep(duration_s)
+    return b"".join(values)

@@ -1,7 +1,7 @@
 """Executors as AWS Lambda functions: the handler, and what an environment does with a payload.
 
     payload --> forward the other groups --> run the tokens of the first one --> flush --> return
-                                              |
+                                              |       (the next one's inputs come meanwhile)
           heartbeat thread: renew, split, hand unstarted tokens on; near the time limit, drain
 
 An environment keeps its store, its invoker, programs and blobs between invocations. Whatever
@@ -27,9 +27,10 @@ from wukong.errors import InvokeError
 from wukong.executor.aws_lambda_invoker import LambdaInvoker
 from wukong.executor.aws_lambda_pace import Token
 from wukong.executor.aws_lambda_warm import WarmBlobs
+from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
 from wukong.executor.messages import HolderId, Invocation, JobId, StrandId, TokenId
 from wukong.executor.ops import LOOK_AFTER_S, Running
-from wukong.executor.run import HAND_OVER_AFTER_S, Executor
+from wukong.executor.run import HAND_OVER_AFTER_S
 from wukong.executor.serialize_programs import Program
 from wukong.executor.work import Policy
 from wukong.storage import Store, open_store
@@ -120,11 +121,14 @@ class FunctionEnvironment:
         blobs = self._variables.get("WUKONG_BLOBS") or None
         store = open_store(url, blobs=blobs, silence_s=silence_s)
         if store.blobs is not None:
-            memory_bytes = int(self._variables.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", 1024)) << 20
-            limit_bytes = int(memory_bytes * float(config.get("lambda.warm-part")))
-            store = replace(store, blobs=WarmBlobs(store.blobs, limit_bytes))
+            store = replace(store, blobs=WarmBlobs(store.blobs, self._part_bytes()))
         self._store, self._silence_s = store, silence_s
         return store
+
+    def _part_bytes(self) -> int:
+        """So much memory may be filled with what may be of use later."""
+        memory_bytes = int(self._variables.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", 1024)) << 20
+        return int(memory_bytes * float(config.get("lambda.warm-part")))
 
     def _invoker_of(self, context: Context, event: dict[str, Any]) -> LambdaInvoker:
         """The invoker of this function, set for what the payload's sender wants."""
@@ -144,11 +148,13 @@ class FunctionEnvironment:
         own, *others = event["groups"]
         invoker.forward(others)
         self._n_runs += 1
+        policy = Policy(**event.get("policy", {}))
+        prefetch_bytes = min(policy.prefetch_bytes, self._part_bytes())
         run = _Run(
             HolderId(f"{context.aws_request_id[:8]}-{os.urandom(3).hex()}"),
             store,
             invoker,
-            Policy(**event.get("policy", {})),
+            replace(policy, prefetch_bytes=prefetch_bytes),
             context,
             [(str(job), str(token)) for job, token in own],
             self._programs,
@@ -223,40 +229,65 @@ class _Run:
         self._begun_at = time.perf_counter()
         self._is_over = threading.Event()
         self._is_draining = False
+        self._n_handed_on = 0
         self._n_busy = 0
         self._busy_looked_at = -BUSY_LOOK_S
         early_until = self._begun_at + EARLY_PART * self._limit_s
-        self._executor = LambdaExecutor(holder, store, invoker, policy, early_until, programs)
+        self._turn = Turn()
+        self._programs = [programs]
+        if len(tokens) > 1 and policy.prefetch_bytes:
+            self._programs.append(dict(programs))  # of a second lane, for a second token
+        self._executors = [
+            LambdaExecutor(self._turn, holder, store, invoker, policy, early_until, own)
+            for own in self._programs
+        ]
         invoker.count_busy = self._count_busy
 
     def run(self) -> int:
         """Run the tokens, and what they become. Returns: how many were begun."""
-        n_begun = 0
+        n_tokens = len(self._tokens)
         heart = threading.Thread(target=self._beat, name="wukong-heart", daemon=True)
         heart.start()
+        first, *others = self._executors
+        lanes = [self._begin_lane(executor) for executor in others]
         try:
-            while not self._is_draining:
-                try:
-                    job, token = self._tokens.popleft()
-                except IndexError:
-                    break
-                n_begun += 1
-                self._executor.run(JobId(job), TokenId(token))
+            while self._take(first):
+                pass
         finally:
+            for lane in lanes:
+                lane.end()
+            self._programs[0].update(self._programs[-1])
             self._is_over.set()
             heart.join()
             self._hand_on()
-        return n_begun
+        return n_tokens - self._n_handed_on
+
+    def _begin_lane(self, executor: LambdaExecutor) -> SecondLane:
+        n_queued, n_enough = self._tokens.__len__, 1
+        return SecondLane(executor, self._turn, n_queued, n_enough, lambda: self._take(executor))
+
+    def _take(self, executor: LambdaExecutor) -> bool:
+        """Run the next token, and what it becomes. False: there is none, or no time."""
+        if self._is_draining:
+            return False
+        try:
+            job, token = self._tokens.popleft()
+        except IndexError:
+            return False
+        executor.run(JobId(job), TokenId(token))
+        return True
 
     def _beat(self) -> None:
         wait_s = HAND_ON_S
         while not self._is_over.wait(wait_s):
             if not self._is_draining and self._remaining_s() < self._margin_s:
                 self._is_draining = True
-                self._executor.drain()
+                for executor in self._executors:
+                    executor.drain()
             if self._tokens and (self._is_draining or self._invoker.n_idle()):
                 self._hand_on()
-            wait_s = min(self._executor.beat(), max(0.05, self._remaining_s() - self._margin_s))
+            to_margin_s = max(0.05, self._remaining_s() - self._margin_s)
+            wait_s = min(to_margin_s, *[executor.beat() for executor in self._executors])
 
     def _hand_on(self) -> None:
         """Have others begin what has not been begun."""
@@ -267,6 +298,7 @@ class _Run:
                 left.append(Invocation(JobId(job), TokenId(token)))
         except IndexError:
             pass
+        self._n_handed_on += len(left)
         try:
             if left:
                 self._invoker.invoke(left)
@@ -275,7 +307,7 @@ class _Run:
 
     def _count_busy(self) -> int:
         """Executors at work for the job that this one works for, as of a moment ago."""
-        held = self._executor.held
+        held = self._executors[0].held
         now = time.monotonic()
         if held is not None and now - self._busy_looked_at >= BUSY_LOOK_S:
             self._busy_looked_at = now
@@ -287,16 +319,18 @@ class _Run:
         return self._context.get_remaining_time_in_millis() / 1000
 
 
-class LambdaExecutor(Executor):
+class LambdaExecutor(LaneExecutor):
     """An executor with a time limit, and programs that were loaded before.
 
     Args:
+        turn: of all executors of a payload.
         early_until: a task begun before this moment (of `time.perf_counter`) is never handed over.
         programs: kept by the environment; used and added to.
     """
 
     def __init__(
         self,
+        turn: Turn,
         holder: HolderId,
         store: Store,
         invoker: LambdaInvoker,
@@ -304,7 +338,7 @@ class LambdaExecutor(Executor):
         early_until: float,
         programs: dict[tuple[JobId, StrandId], Program],
     ) -> None:
-        super().__init__(holder, store, invoker, policy, on_stuck=_end_stuck)
+        super().__init__(turn, holder, store, invoker, policy, on_stuck=_end_stuck)
         self._early_until = early_until
         self._programs = programs
 
