@@ -312,7 +312,9 @@ class _Run:
         if held is not None and now - self._busy_looked_at >= BUSY_LOOK_S:
             self._busy_looked_at = now
             view = self._jobs.view(held[0])
-            self._n_busy = 0 if view is None else view.n_running + view.n_queued
+            # What waits in this very group keeps nobody busy.
+            n_waiting = len(self._tokens)
+            self._n_busy = 0 if view is None else view.n_running + view.n_queued - n_waiting
         return self._n_busy
 
     def _remaining_s(self) -> float:
