@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 import wukong
 from wukong.storage import Store, open_store
 from wukong.storage.local_files import default_directory, remove_directory
@@ -71,6 +69,10 @@ class Place:
     def damage(self, name: str, how: Damage) -> None:
         """Change a large value behind the store's back."""
         raise NotImplementedError
+
+    def n_scripts(self) -> int | None:
+        """How often the servers have run one of our scripts; None: there is no server."""
+        return None
 
     def remove(self) -> None:
         """End what was started for it."""
@@ -155,6 +157,11 @@ class OnRedis(Place):
         finally:
             link.close()
 
+    def n_scripts(self) -> int | None:
+        from redis_servers import n_calls
+
+        return sum(n_calls(server, "evalsha") for server in self._servers)
+
     def remove(self) -> None:
         self._server.stop()
         shutil.rmtree(self._folder)
@@ -184,32 +191,35 @@ def s3_objects(url: str) -> Iterator[tuple[object, str, str]]:
 _numbers = itertools.count()
 
 
-def s3_url(request: pytest.FixtureRequest, tier_bytes: int | None) -> str:
-    """A bucket of its own in moto."""
+def s3_url(endpoint: str, tier_bytes: int | None) -> str:
+    """A bucket of its own at some endpoint of S3."""
     from moto_service import KEY, SECRET, make_bucket
 
-    endpoint = request.getfixturevalue("moto_url")
     bucket = f"faults-{next(_numbers)}"
     make_bucket(endpoint, bucket)
     tier = "" if tier_bytes is None else f"&tier_bytes={tier_bytes}"
     return f"s3://{KEY}:{SECRET}@{bucket}/jobs?endpoint_url={endpoint}&region=us-east-1{tier}"
 
 
-KINDS: dict[str, Callable[[pytest.FixtureRequest], Place]] = {
-    "shared memory": lambda request: Folder(),
-    "Redis": lambda request: OnRedis("Server"),
-    "Redis Cluster": lambda request: OnRedis("ServerCluster"),
-    "TLS and ACL": lambda request: OnRedis("TlsServer"),
-    "S3": lambda request: OnRedis("Server", s3_url(request, 0)),
-    "tiers": lambda request: OnRedis("Server", s3_url(request, None)),
+KINDS: dict[str, Callable[[Callable[[], str]], Place]] = {
+    "shared memory": lambda s3: Folder(),
+    "Redis": lambda s3: OnRedis("Server"),
+    "Redis Cluster": lambda s3: OnRedis("ServerCluster"),
+    "TLS and ACL": lambda s3: OnRedis("TlsServer"),
+    "S3": lambda s3: OnRedis("Server", s3_url(s3(), 0)),
+    "tiers": lambda s3: OnRedis("Server", s3_url(s3(), None)),
 }
 """The kinds; `tiers` has the usual threshold, and `S3` has every value there that is no row."""
 
 
-def open_place(request: pytest.FixtureRequest, kind: str) -> Place:
-    """A place of some kind; the test is skipped where what it needs is missing."""
+def open_place(kind: str, s3: Callable[[], str]) -> Place:
+    """A place of some kind; the test is skipped where what it needs is missing.
+
+    Args:
+        s3: the endpoint of an S3, which is asked for where it is needed.
+    """
     from moto_service import needs
 
     if kind != "shared memory":
         needs("redis", "msgpack")
-    return KINDS[kind](request)
+    return KINDS[kind](s3)

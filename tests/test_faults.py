@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def place(request):
-    place = open_place(request, request.param)
+    place = open_place(request.param, lambda: request.getfixturevalue("moto_url"))
     yield place
     place.remove()
 
@@ -235,7 +235,8 @@ def test_of_a_stopped_executor_and_its_successor_the_first_to_commit_wins(place,
         assert cluster.get(graph, list(graph)) == tuple(range(1, 9))
         report = cluster.report()
         stopper.join()
-        assert report.deaths == 1
+        # Where stores are far away it may have held the next one, too.
+        assert report.deaths in (1, 2)
         assert sum(tasks.runs(tmp_path).values()) > 8
         # The one that was stopped goes on, is refused, and serves again.
         assert cluster.get(dict.fromkeys(range(4), (tasks.sleep, 0.1)), [0, 1, 2, 3])

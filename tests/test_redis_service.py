@@ -64,29 +64,6 @@ def test_a_script_is_sent_once_and_again_when_the_server_has_forgotten_it(
     assert n_calls(server, "script|load") == 2 * n_sent
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size_bytes", [100, 300_000])
-def test_a_strand_takes_one_commit_and_at_most_one_put_and_one_get(
-    server: Server, size_bytes: int
-) -> None:
-    n = 16
-    graph: dict[object, object] = {("x", i): (tasks.ones, size_bytes, i) for i in range(n)}
-    graph |= {("y", i): (tasks.n_bytes, ("x", i), ("x", (i + 1) % n)) for i in range(n)}
-    keys = [("y", i) for i in range(n)]
-    with wukong.LocalCluster(2, store=server.url) as cluster:
-        cluster.get({"warm": (tasks.increment, 1)}, "warm")
-        cluster.jobs()
-        server.ask("CONFIG", "RESETSTAT")
-        assert cluster.get(graph, keys) == (2 * size_bytes,) * n
-        report = cluster.report()
-        n_evals = n_calls(server, "evalsha")
-        n_starts = report.invocations
-        # create, the look at its end, collect, and forget where it is done already.
-        assert n_starts + report.commits + 3 <= n_evals <= n_starts + report.commits + 4 + 2
-        assert report.retries == 0
-        assert n_calls(server, "get") <= 2 * n + n_evals  # one each: the rows of the job
-
-
 def test_waiting_asks_nothing(server: Server, store: Store) -> None:
     store.jobs.create(create())
     store.jobs.wait("job", 1, 0.01, progress=True)
