@@ -2,6 +2,7 @@
 and one put. Counted by executors, and again by the servers.
 """
 
+import time
 from collections.abc import Iterator
 
 import dask
@@ -54,6 +55,7 @@ def test_a_strand_takes_one_commit_and_at_most_one_put_and_one_get(
             before = place.n_scripts()
             if proxy is not None:
                 proxy.seen.clear()
+            begun_at = time.monotonic()
             assert cluster.get(graph, [("y", i) for i in range(N)]) == (2 * size_bytes,) * N
             report = cluster.report()
             assert report.retries == report.deaths == 0
@@ -70,9 +72,11 @@ def test_a_strand_takes_one_commit_and_at_most_one_put_and_one_get(
                 assert record.n_round_trips <= at_most or kind == "shared memory", record
             if before is not None:
                 n_scripts = (place.n_scripts() or 0) - before - report.invocations - report.commits
-                # The client's: create, a look at the end, collect, and forget, if that is done.
-                assert 3 <= n_scripts <= 6
+                # The client's: create, a look at the end, collect, and forget, if that is done;
+                # and looks at a job that takes long.
+                assert 3 <= n_scripts <= 6 + 2 * (time.monotonic() - begun_at)
             if proxy is not None:
-                methods = [method for method, _ in proxy.seen]
+                lists = ("list-type", "uploads")  # of what a job that is over has left
+                methods = [m for m, path in proxy.seen if not any(word in path for word in lists)]
                 assert methods.count("PUT") == report.blobs_written
                 assert methods.count("GET") == report.blobs_read
