@@ -29,6 +29,9 @@ class Place:
         options: of `LocalCluster`.
     """
 
+    patience = 3.0
+    """By so much it may take longer than in shared memory to replace an executor that has died."""
+
     def __init__(self, **options: object) -> None:
         self.options = options
 
@@ -80,6 +83,8 @@ class Place:
 
 class Folder(Place):
     """Shared memory of this machine."""
+
+    patience = 1.0
 
     def __init__(self) -> None:
         self._directory = default_directory()

@@ -52,18 +52,28 @@ SAMPLE = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test in all kinds of places."""
-    if "place" not in metafunc.fixturenames:
+    if "shared_place" not in metafunc.fixturenames:
         return
     usual = {"shared memory", *SAMPLE.get(metafunc.function.__name__, ())}
     kinds = [pytest.param(k, marks=() if k in usual else pytest.mark.full) for k in KINDS]
-    metafunc.parametrize("place", kinds, indirect=True, scope="module")
+    metafunc.parametrize("shared_place", kinds, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def place(request):
+def shared_place(request):
     place = open_place(request.param, lambda: request.getfixturevalue("moto_url"))
     yield place
     place.remove()
+
+
+@pytest.fixture
+def place(shared_place):
+    """A place without jobs, whatever became of the last test."""
+    yield shared_place
+    with shared_place.opened() as store:
+        for job in store.jobs.jobs():
+            store.jobs.forget(job)
+            store.blobs.delete_job(job)
 
 
 @pytest.fixture
@@ -90,14 +100,14 @@ def cluster(place):
     ],
 )
 @pytest.mark.parametrize("n_others", [0, 999])
-def test_a_task_that_kills_its_executors_is_named(cluster, how, says, n_others) -> None:
+def test_a_task_that_kills_its_executors_is_named(cluster, place, how, says, n_others) -> None:
     graph = {("x", i): (tasks.increment, i) for i in range(n_others)}
     graph |= {"before": (tasks.increment, 1), "it": (tasks.go_wrong, how, "before")}
     graph["behind"] = (tasks.increment, "it")
     begun_at = time.monotonic()
     with pytest.raises(errors.TaskError, match=f"killed its executor 3 times.*{says}") as caught:
         cluster.get(graph, list(graph))
-    assert time.monotonic() - begun_at < 3
+    assert time.monotonic() - begun_at < 3 * place.patience
     assert caught.value.__notes__ == ["Raised by the task 'it'"]
 
 
@@ -165,12 +175,12 @@ def storm(cluster, n_jobs: int, duration_s: float) -> dict[str, float]:
     }
 
 
-def check_storm(cluster, n_jobs: int) -> None:
+def check_storm(cluster, place: Place, n_jobs: int) -> None:
     before = own_shared_files()
     found = storm(cluster, n_jobs, 0.001)
     logging.getLogger(__name__).info("%s", json.dumps(found))
     assert found["kills"] >= 2.5 * n_jobs
-    assert found["worst_s"] - found["calm_s"] < 2.0, found
+    assert found["worst_s"] - found["calm_s"] < 2.0 * place.patience, found
     assert own_shared_files() <= before
 
 
@@ -180,22 +190,22 @@ def own_shared_files() -> set[str]:
 
 
 @pytest.mark.slow
-def test_jobs_survive_a_few_random_kills(cluster) -> None:
-    check_storm(cluster, 2)
+def test_jobs_survive_a_few_random_kills(cluster, place) -> None:
+    check_storm(cluster, place, 2)
 
 
 @pytest.mark.slow
-def test_jobs_survive_random_kills(cluster) -> None:
-    check_storm(cluster, 20)
+def test_jobs_survive_random_kills(cluster, place) -> None:
+    check_storm(cluster, place, 20)
 
 
 @pytest.mark.full
-def test_two_hundred_jobs_survive_random_kills(cluster) -> None:
-    check_storm(cluster, 200)
+def test_two_hundred_jobs_survive_random_kills(cluster, place) -> None:
+    check_storm(cluster, place, 200)
 
 
 @pytest.mark.slow
-def test_a_kill_costs_the_work_lost_and_little_more(cluster, tmp_path) -> None:
+def test_a_kill_costs_the_work_lost_and_little_more(cluster, place, tmp_path) -> None:
     graph = {("x", i): (tasks.counted_sum, str(tmp_path), i, 0.02, i) for i in range(200)}
     keys = list(graph)
     cluster.get(graph, keys)
@@ -211,7 +221,7 @@ def test_a_kill_costs_the_work_lost_and_little_more(cluster, tmp_path) -> None:
     killer.join()
     lost_s = 0.02 * (sum(tasks.runs(tmp_path).values()) - n_before - 200)
     assert cluster.report().deaths == 1
-    assert took_s - calm_s - lost_s < 0.5
+    assert took_s - calm_s - lost_s < 0.5 * place.patience
 
 
 @pytest.mark.slow
@@ -303,6 +313,7 @@ def test_ctrl_c_cancels_the_job_and_leaves_a_usable_cluster(place, tmp_path, pro
     assert out.splitlines() == ["interrupted ()", "(0.2, 0.2, 0.2, 0.2)", "True"]
     assert script.returncode == 0
     assert sum(tasks.runs(tmp_path).values()) == 2
+    assert place.left() == []
 
 
 # A callback of the garbage collector, which distributed installs, may be what is interrupted.
@@ -327,6 +338,7 @@ def test_ctrl_c_may_come_at_any_moment(place, processes) -> None:
                 assert cluster.get(graph, list(graph)) == tuple(range(1, 501))
             assert n_interrupted == 40
             assert cluster.jobs() == ()
+        assert place.left() == []
     finally:
         signal.signal(signal.SIGALRM, before)
 
