@@ -18,9 +18,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,9 +196,10 @@ def _time_blobs(store: Store) -> tuple[tuple[float, float], tuple[float, float]]
 
 
 def _line(seconds: dict[int, list[float]]) -> tuple[float, float]:
+    """Through the fastest ones: what else the machine does only adds to them."""
     few, many = BLOB_BYTES
-    slope = (statistics.median(seconds[many]) - statistics.median(seconds[few])) / (many - few)
-    return max(1e-6, statistics.median(seconds[few]) - few * slope), 1 / max(slope, 1e-12)
+    slope = max(1e-12, (min(seconds[many]) - min(seconds[few])) / (many - few))
+    return max(1e-6, min(seconds[few]) - few * slope), 1 / slope
 
 
 def _chain_strand_s(cluster: FixedCluster, platform: Platform, n: int) -> float:
@@ -239,40 +240,65 @@ def _each_alone(plan: Plan) -> Strands:
 # ------------------------------------------------------------------ predictions
 
 
-def predict(case: Case, machine: Machine, n_rounds: int, tell: Callable[[str], None]) -> Prediction:
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """All that is open while workloads are measured."""
+
+    both: FixedCluster
+    """As many executors as the prediction is about."""
+    one: FixedCluster
+    other: FixedCluster
+    """One executor each."""
+
+
+@contextmanager
+def open_clusters() -> Iterator[Clusters]:
+    """Open them; all are closed at the end."""
+    with FixedCluster(N_WORKERS) as both, FixedCluster(1) as one, FixedCluster(1) as other:
+        yield Clusters(both, one, other)
+
+
+def predict(
+    case: Case, clusters: Clusters, machine: Machine, n_rounds: int, tell: Callable[[str], None]
+) -> Prediction:
     """Measure a workload, and predict it from runs of single executors, in turns."""
+    both, one, other = clusters.both, clusters.one, clusters.other
     graph, keys = case.build("calibrate")
     tell(f"{case.name}: sizes of its values")
     sizes = sizes_of(graph, keys)
     plan = plan_graph(graph, keys)
+    tell(f"{case.name}: warming")
+    both.strands = None
+    case.check(both.get(graph, keys))
+    for cluster in (both, one, other):
+        for _ in range(2):  # the second time it is cut by what was learned
+            cluster.get(graph, keys)
+            cluster.learn_now()
+    strands = both.strands = both.cut(plan)
     alone: list[dict[int, float]] = []
     beside: list[dict[int, float]] = []
     walls, clients = [], []
-    with ExitStack() as stack:
-        cluster, one, other = (stack.enter_context(FixedCluster(n)) for n in (N_WORKERS, 1, 1))
-        threads = stack.enter_context(ThreadPoolExecutor(2))
-        for each in (cluster, one, other):
-            for _ in range(2):  # the second time it is cut by what was learned
-                case.check(each.get(graph, keys))
-                each.learn_now()
-        strands = cluster.strands = cluster.cut(plan)
+    with ThreadPoolExecutor(2) as threads:
         for number in range(n_rounds):
             tell(f"{case.name}: round {number + 1} of {n_rounds}")
-            walls.append(_wall_s(cluster, (graph, keys)))
-            clients.append(cluster.client_s)
+            walls.append(_wall_s(both, (graph, keys)))
+            clients.append(both.client_s)
             one.get(graph, keys)
             alone.append(one.durations)
-            list(threads.map(lambda each: each.get(graph, keys), (one, other)))
+            list(threads.map(lambda cluster: cluster.get(graph, keys), (one, other)))
             beside += [one.durations, other.durations]
-    durations_s = _medians(beside, len(plan.keys))
+    durations_s = _means(beside, len(plan.keys))
     costs = Costs(durations_s, [sizes.get(key, 0) for key in plan.keys])
-    dag = _dag_of(plan)
-    makespan_s = _makespan_s(dag, costs, static_parts(strands), machine.platform, N_WORKERS)
-    result_bytes = sum(costs.sizes_bytes[task] for task in dag.requested)
-    predicted_s = statistics.median(clients) + makespan_s + result_bytes / machine.read_bytes_per_s
-    contention = sum(durations_s) / sum(_medians(alone, len(plan.keys)))
+    dag, parts = _dag_of(plan), static_parts(strands)
+    makespan_s = _makespan_s(dag, costs, parts, machine.platform, N_WORKERS)
+    read_s = sum(costs.sizes_bytes[t] for t in dag.requested) / machine.read_bytes_per_s
     return Prediction(
-        case.name, len(plan.keys), strands.n_strands, predicted_s, tuple(walls), contention
+        case.name,
+        len(plan.keys),
+        strands.n_strands,
+        statistics.median(clients) + makespan_s + read_s,
+        tuple(walls),
+        sum(durations_s) / sum(_means(alone, len(plan.keys))),
     )
 
 
@@ -282,8 +308,8 @@ def _wall_s(cluster: FixedCluster, built: Built) -> float:
     return time.perf_counter() - begun_at
 
 
-def _medians(runs: Sequence[dict[int, float]], n_tasks: int) -> list[float]:
-    return [statistics.median(run[task] for run in runs) for task in range(n_tasks)]
+def _means(runs: Sequence[dict[int, float]], n_tasks: int) -> list[float]:
+    return [statistics.fmean(run[task] for run in runs) for task in range(n_tasks)]
 
 
 def _dag_of(plan: Plan) -> Dag:

@@ -1,6 +1,7 @@
 """The commands of the benchmarks. Every one prints tables and writes JSON, most a plot too."""
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from bench import N_WORKERS, present, sides
 from bench import futures as futures_suite
 from bench import linalg as linalg_suite
 from bench import micro as micro_suite
+from bench.drawing import draw
 from bench.measure import Case, Comparison, compare
 from bench.peers import PEERS
 from bench.present import Target
@@ -45,6 +47,8 @@ COMPARE_TARGETS = [
     Target("*", BEST, peer, 1.0, 0.8)
     for peer in (sides.DASK_THREADED, sides.DISTRIBUTED, *PEERS, sides.POOL)
 ]
+TIMED_PART = 0.6
+"""Of the time of a comparison, for timed rounds; the rest is for first runs and for checks."""
 # A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
 LINALG_SIDES = [name for name in sides.LOCAL if name not in (sides.POOL, sides.DASK_GET)]
 
@@ -126,13 +130,32 @@ def linalg(
     help="Sides; all by default.",
 )
 @click.option("--small", is_flag=True, help="The workloads at the sizes of `wukong demo`.")
+@click.option(
+    "--minutes",
+    default=12.0,
+    show_default=True,
+    help="For all of it: a side that has used its share of a case's time begins no further round.",
+)
 def compare_peers(
-    rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, ...], small: bool
+    rounds: int,
+    only: tuple[str, ...],
+    out: Path,
+    names: tuple[str, ...],
+    small: bool,
+    minutes: float,
 ) -> None:
     """Micro graphs and workloads beside what people use instead: Ray, Parsl, Lithops, ..."""
-    cases = [*micro_suite.cases("tasks"), *linalg_suite.cases((), full=not small)]
-    chosen = names or sides.COMPARED
-    _run("compare", _chosen(cases, only), chosen, rounds, COMPARE_TARGETS, out, is_metered=True)
+    micro = [*micro_suite.cases("tasks"), micro_suite.tiny_tree("tasks")]
+    cases = [*micro, *linalg_suite.cases((), full=not small)]
+    _run(
+        "compare",
+        _chosen(cases, only),
+        names or sides.COMPARED,
+        rounds,
+        COMPARE_TARGETS,
+        out,
+        total_s=60 * minutes,
+    )
 
 
 @main.command()
@@ -186,20 +209,23 @@ def baselines(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, .
 
     present.show_header(console, "baselines", rounds)
     outcomes: list[suite.Outcome] = []
-    with (
-        _progress("opening the schemes") as tell,
-        suite.open_schemes(names or list(SCHEMES)) as clusters,
-    ):
-        for case in suite.cases(only):
-            outcomes += suite.run_case(case, clusters, rounds, tell)
-    Console(width=max(console.width, 120)).print(suite.table(outcomes))
-    ratios = suite.operation_ratios(outcomes)
-    for name, ratio in ratios.items():
-        state = "green" if ratio <= suite.OPERATIONS_MUST else "bold red"
-        console.print(f"{name}: operations of ours / wukong2020 [{state}]1/{1 / ratio:.0f}[/]")
-    records = {"outcomes": [o.to_dict() for o in outcomes], "operation_ratios": ratios}
-    present.write_records(out / "baselines.json", "baselines", records)
-    console.print(f"written: {out / 'baselines.json'}")
+    try:
+        with (
+            _progress("opening the schemes") as tell,
+            suite.open_schemes(names or list(SCHEMES)) as clusters,
+        ):
+            for case in suite.cases(only):
+                outcomes += suite.run_case(case, clusters, rounds, tell)
+    finally:
+        Console(width=max(console.width, 120)).print(suite.table(outcomes))
+        ratios = suite.operation_ratios(outcomes)
+        for name, ratio in ratios.items():
+            state = "green" if ratio <= suite.OPERATIONS_MUST else "bold red"
+            text = f"operations of ours / wukong2020 [{state}]1/{1 / ratio:.1f}[/]"
+            console.print(f"{name}: {text}, wanted 1/{1 / suite.OPERATIONS_MUST:.0f}")
+        records = {"outcomes": [o.to_dict() for o in outcomes], "operation_ratios": ratios}
+        present.write_records(out / "baselines.json", "baselines", records)
+        console.print(f"written: {out / 'baselines.json'}")
 
 
 @main.command()
@@ -212,7 +238,11 @@ def calibrate(rounds: int, only: tuple[str, ...], out: Path, full: bool) -> None
     present.show_header(console, "calibrate", rounds)
     with _progress("this machine") as tell:
         machine = suite.measure_platform(tell)
-        predictions = [suite.predict(c, machine, rounds, tell) for c in suite.cases(only, full)]
+        with suite.open_clusters() as clusters:
+            predictions = [
+                suite.predict(case, clusters, machine, rounds, tell)
+                for case in suite.cases(only, full)
+            ]
     console.print(suite.platform_table(machine))
     console.print(suite.table(predictions))
     error = suite.mean_error(predictions)
@@ -344,27 +374,40 @@ def _run(
     n_rounds: int,
     targets: Sequence[Target],
     out: Path,
-    is_metered: bool = False,
+    total_s: float | None = None,
 ) -> None:
-    """Compare, show and write; what is done is written even if a later case fails."""
+    """Compare, show and write; what is done is written even if a later case fails.
+
+    Args:
+        total_s: to be kept to; then CPU seconds, memory and starts are measured too.
+    """
     present.show_header(console, suite, n_rounds)
+    begun_at = time.perf_counter()
     comparisons: list[Comparison] = []
     absent: list[str] = []
+    starts: list[sides.Start] = []
+    is_metered, limit_s = total_s is not None, math.inf
     try:
         with (
             _progress("opening the sides") as tell,
-            sides.open_sides(names, N_WORKERS, absent.append) as opened,
+            sides.open_sides(
+                names, N_WORKERS, absent.append, starts.append if is_metered else None
+            ) as opened,
         ):
-            for case in cases:
-                comparisons.append(compare(case, opened, n_rounds, tell, is_metered))
+            for number, case in enumerate(cases):
+                if total_s is not None:
+                    left_s = max(0.0, total_s - (time.perf_counter() - begun_at))
+                    limit_s = TIMED_PART * left_s / ((len(cases) - number) * len(opened))
+                comparisons.append(compare(case, opened, n_rounds, tell, is_metered, limit_s))
     finally:
         if comparisons:
             console.print(present.times_table(comparisons))
             if is_metered:
+                console.print(present.starts_table(starts))
                 console.print(present.usage_table(comparisons))
             for why in [*absent, *(f"{c.case}: {each}" for c in comparisons for each in c.absent)]:
                 console.print(f"absent: {why}")
             console.print(present.ratios_table(present.ratios(comparisons, targets)))
-            present.write_json(out / f"{suite}.json", suite, comparisons, targets)
-            present.draw(out / f"{suite}.png", f"bench {suite}", comparisons)
+            present.write_json(out / f"{suite}.json", suite, comparisons, targets, starts=starts)
+            draw(out / f"{suite}.png", f"bench {suite}", comparisons)
             console.print(f"written: {out / suite}.json and .png")

@@ -22,6 +22,7 @@ N_TREE = 8_191
 N_CHAIN = 2_000
 N_FAN = 2_000
 N_SMALL_LEAVES = 64
+N_TINY_LEAVES = 8
 N_WARM_CALLS = 20
 
 
@@ -77,6 +78,17 @@ def cases(form: Form) -> list[Case]:
             on_pool=_one_on_pool,
         ),
     ]
+
+
+def tiny_tree(form: Form) -> Case:
+    """A tree that also sides can do that take a tenth of a second for a call."""
+    return Case(
+        f"tree of {N_TINY_LEAVES} leaves",
+        2 * N_TINY_LEAVES - 1,
+        partial(_tree, form, N_TINY_LEAVES),
+        partial(_expect, sum(range(N_TINY_LEAVES))),
+        on_pool=partial(_tree_on_pool, N_TINY_LEAVES),
+    )
 
 
 def tree(form: Form, n_tasks: int, tag: str) -> Built:

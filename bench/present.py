@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import sides
-from bench.measure import Comparison, Ratio
+from bench.measure import Comparison, Ratio, Timing
 from bench.peers import PEERS
 
 PACKAGES = ("wukong", "dask", "distributed", "numpy", "scikit-learn", "lmdb", "cloudpickle", *PEERS)
@@ -71,14 +71,18 @@ class Quantity:
 
 
 def times_table(comparisons: Sequence[Comparison]) -> Table:
-    """Medians of every side; the fastest rounds are in the JSON file."""
+    """Medians of every side; the fastest rounds are in the JSON file.
+
+    A number in brackets says how many rounds a side has done that had used up its time.
+    """
     names = list(dict.fromkeys(t.side for comparison in comparisons for t in comparison.timings))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Medians")
     table.add_column("case")
     for side in names:
         table.add_column(HEADINGS.get(side, side), justify="right", no_wrap=True)
     for comparison in comparisons:
-        cells = {timing.side: seconds_text(timing.median_s) for timing in comparison.timings}
+        most = max(len(timing.seconds) for timing in comparison.timings)
+        cells = {timing.side: _cell(timing, most) for timing in comparison.timings}
         table.add_row(comparison.case, *(cells.get(side, "") for side in names))
     return table
 
@@ -100,6 +104,18 @@ def usage_table(comparisons: Sequence[Comparison]) -> Table:
                 seconds_text(statistics.median(timing.cpu_s)),
                 f"{max(timing.added_bytes) / 1e6:.0f}",
             )
+    return table
+
+
+def starts_table(starts: Iterable[sides.Start]) -> Table:
+    """What every side was seen to be."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Sides")
+    table.add_column("side")
+    for name in ("open after", "workers seen", "BLAS threads"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for start in starts:
+        threads = ", ".join(map(str, start.blas_threads))
+        table.add_row(start.side, seconds_text(start.open_s), str(start.n_workers), threads)
     return table
 
 
@@ -161,6 +177,7 @@ def write_json(
     comparisons: Sequence[Comparison] = (),
     targets: Sequence[Target] = (),
     quantities: Sequence[Quantity] = (),
+    starts: Sequence[sides.Start] = (),
 ) -> None:
     """Write all seconds, ratios and quantities, with the machine and the versions."""
     records = {
@@ -188,6 +205,7 @@ def write_json(
             for comparison, target, ratio in ratios(comparisons, targets)
         ],
         "quantities": [{**asdict(quantity), "median": quantity.median} for quantity in quantities],
+        "starts": [asdict(start) for start in starts],
     }
     write_records(path, suite, records)
 
@@ -205,44 +223,9 @@ def write_records(path: Path, suite: str, records: object) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def draw(path: Path, title: str, comparisons: Sequence[Comparison]) -> None:
-    """Draw the medians as bars, on a logarithmic scale, with a line down to the fastest round."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(t.side for comparison in comparisons for t in comparison.timings))
-    height = 0.8 / len(names)
-    figure, axes = pyplot.subplots(
-        figsize=(9, 1 + 0.18 * len(comparisons) * (len(names) + 1)), layout="constrained"
-    )
-    for number, side in enumerate(names):
-        rows = [
-            (row + (number - (len(names) - 1) / 2) * height, timing)
-            for row, comparison in enumerate(comparisons)
-            for timing in comparison.timings
-            if timing.side == side
-        ]
-        medians = [timing.median_s for _, timing in rows]
-        spread = [timing.median_s - timing.min_s for _, timing in rows]
-        axes.barh(
-            [y for y, _ in rows],
-            medians,
-            height,
-            label=side,
-            xerr=[spread, [0.0] * len(rows)],
-            error_kw={"linewidth": 0.8},
-        )
-    axes.set_yticks(range(len(comparisons)), [comparison.case for comparison in comparisons])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("seconds")
-    axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _cell(timing: Timing, n_rounds: int) -> str:
+    n_done = len(timing.seconds)
+    return seconds_text(timing.median_s) + (f" ({n_done})" if n_done < n_rounds else "")
 
 
 def machine() -> dict[str, object]:

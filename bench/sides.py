@@ -20,9 +20,11 @@ import dask
 import dask.local
 import dask.multiprocessing
 import dask.threaded
+from dask.typing import Key
 
 import wukong
 from bench import redis_server
+from bench.noops import whereabouts
 from bench.peers import LITHOPS, PEERS, RAY, CallPool, open_pool, open_ray
 
 Get: TypeAlias = Callable[..., object]
@@ -39,8 +41,13 @@ POOL = "ProcessPoolExecutor"
 LOCAL = (PROCESSES, THREADS, DASK_GET, DASK_THREADED, DASK_MULTIPROCESSING, DISTRIBUTED, POOL)
 ALL = (*LOCAL, REDIS) if redis_server.is_there() else LOCAL
 COMPARED = (PROCESSES, THREADS, DASK_THREADED, DISTRIBUTED, *PEERS, POOL)
-LITHOPS_TASKS_MAX = 200
-"""Lithops looks for results once in a while: a map of ten calls takes seconds."""
+START_S = 120.0
+"""No side needs longer until all its workers answer."""
+PAUSE_S = 0.05
+"""Of a call that asks where it runs."""
+LITHOPS_TASKS_MAX = 20
+"""Lithops starts a process for each call and looks for results once in a while: a map of ten calls
+takes seconds, and one of a hundred most of a minute."""
 
 
 def _nothing() -> None:
@@ -65,26 +72,70 @@ class Side:
     """Larger cases are not asked of this side."""
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a side was seen to be once it was open."""
+
+    side: str
+    open_s: float
+    """From nothing until all its workers had answered."""
+    n_workers: int
+    """Threads of processes that have answered; a side may start one for each call."""
+    blas_threads: tuple[int, ...]
+    """Of their BLAS: every number that was seen."""
+
+
 @contextmanager
 def open_sides(
-    names: Iterable[str], n_workers: int, tell_absent: Callable[[str], None] | None = None
+    names: Iterable[str],
+    n_workers: int,
+    tell_absent: Callable[[str], None] | None = None,
+    tell_start: Callable[[Start], None] | None = None,
 ) -> Iterator[list[Side]]:
     """Open the named sides; all are closed at the end.
 
     Args:
+        tell_start: is told what each side was seen to be; only then are its workers waited for.
         tell_absent: is told of each side that is not installed, which is left out then; None: that
             is an error.
     """
     with ExitStack() as stack:
         opened = []
         for name in names:
+            begun_at = time.perf_counter()
             try:
-                opened.append(_open(name, n_workers, stack))
+                side = _open(name, n_workers, stack)
             except ImportError as error:
                 if tell_absent is None:
                     raise
                 tell_absent(f"{name}: {error}")
+                continue
+            opened.append(side)
+            if tell_start is not None:
+                tell_start(_wait_started(side, n_workers, begun_at))
         yield opened
+
+
+def _wait_started(side: Side, n_workers: int, begun_at: float) -> Start:
+    """Ask until as many workers have answered: some sides start them one after the other."""
+    seen: list[tuple[int, int, int]] = []
+    while len({found[:2] for found in seen}) < n_workers:
+        assert time.perf_counter() - begun_at < START_S, f"{side.name} does not start its workers"
+        if side.pool is not None:
+            seen += side.pool.map(whereabouts, [PAUSE_S] * 2 * n_workers)
+            continue
+        assert side.get is not None
+        keys: list[Key] = [f"where {len(seen)} {number}" for number in range(2 * n_workers)]
+        found = side.get(dict.fromkeys(keys, (whereabouts, PAUSE_S)), keys)
+        assert isinstance(found, list | tuple)
+        seen += found
+        side.settle()
+    return Start(
+        side.name,
+        time.perf_counter() - begun_at,
+        len({found[:2] for found in seen}),
+        tuple(sorted({n_threads for *_, n_threads in seen})),
+    )
 
 
 def _open(name: str, n_workers: int, stack: ExitStack) -> Side:
@@ -131,7 +182,7 @@ def _open_distributed(n_workers: int, stack: ExitStack) -> Side:
             n_workers=n_workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=":0",
             silence_logs=logging.ERROR,
         )
     )

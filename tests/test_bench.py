@@ -8,6 +8,7 @@ import dask
 import pytest
 
 from bench import micro, present
+from bench.drawing import draw
 from bench.measure import Case, Comparison, Timing, compare
 from bench.present import Quantity, Target
 from bench.sides import Side
@@ -105,7 +106,7 @@ def test_the_files_hold_every_measurement(tmp_path: Path) -> None:
     quantity = Quantity("memory", (3.0, 1.0, 2.0), "MB", 120)
     path = tmp_path / "new" / "x.json"
     present.write_json(path, "x", [COMPARISON], targets, [quantity])
-    present.draw(tmp_path / "x.png", "x", [COMPARISON])
+    draw(tmp_path / "x.png", "x", [COMPARISON])
     record = json.loads(path.read_text())
     assert record["comparisons"][0]["sides"]["a"]["seconds"] == [1.0, 2.0, 6.0]
     assert [ratio["medians"] for ratio in record["ratios"]] == [0.5]
