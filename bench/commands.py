@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from bench import N_WORKERS, present, sides
+from bench import calibrate as calibrate_suite
 from bench import futures as futures_suite
 from bench import linalg as linalg_suite
 from bench import micro as micro_suite
@@ -49,6 +50,8 @@ COMPARE_TARGETS = [
 ]
 TIMED_PART = 0.6
 """Of the time of a comparison, for timed rounds; the rest is for first runs and for checks."""
+LEAST_S = 3.0
+"""Of a side and a case, even where nothing is left of the time."""
 # A process pool has no dependencies and dask.get one core: neither can run the workloads' way.
 LINALG_SIDES = [name for name in sides.LOCAL if name not in (sides.POOL, sides.DASK_GET)]
 
@@ -233,20 +236,28 @@ def baselines(rounds: int, only: tuple[str, ...], out: Path, names: tuple[str, .
 @click.option("--full", is_flag=True, help="The workloads at full size, not that of the demo.")
 def calibrate(rounds: int, only: tuple[str, ...], out: Path, full: bool) -> None:
     """The simulator's predictions for this machine beside what the workloads take on it."""
-    from bench import calibrate as suite
-
     present.show_header(console, "calibrate", rounds)
+    predictions: list[calibrate_suite.Prediction] = []
     with _progress("this machine") as tell:
-        machine = suite.measure_platform(tell)
-        with suite.open_clusters() as clusters:
-            predictions = [
-                suite.predict(case, clusters, machine, rounds, tell)
-                for case in suite.cases(only, full)
-            ]
-    console.print(suite.platform_table(machine))
-    console.print(suite.table(predictions))
-    error = suite.mean_error(predictions)
-    state = "green" if error <= suite.ERROR_MUST else "bold red"
+        machine = calibrate_suite.measure_platform(tell)
+        console.print(calibrate_suite.platform_table(machine))
+        try:
+            with calibrate_suite.open_clusters() as clusters:
+                for case in calibrate_suite.cases(only, full):
+                    predictions.append(
+                        calibrate_suite.predict(case, clusters, machine, rounds, tell)
+                    )
+        finally:
+            if predictions:
+                _show_predictions(machine, predictions, out)
+
+
+def _show_predictions(
+    machine: calibrate_suite.Machine, predictions: Sequence[calibrate_suite.Prediction], out: Path
+) -> None:
+    console.print(calibrate_suite.table(predictions))
+    error = calibrate_suite.mean_error(predictions)
+    state = "green" if error <= calibrate_suite.ERROR_MUST else "bold red"
     console.print(f"off by a factor of [{state}]{1 + error:.3f}[/] in the geometric mean")
     records = {
         "machine_model": dataclasses.asdict(machine),
@@ -391,13 +402,14 @@ def _run(
         with (
             _progress("opening the sides") as tell,
             sides.open_sides(
-                names, N_WORKERS, absent.append, starts.append if is_metered else None
+                names, N_WORKERS, absent.append, starts.append if is_metered else None, tell
             ) as opened,
         ):
             for number, case in enumerate(cases):
                 if total_s is not None:
                     left_s = max(0.0, total_s - (time.perf_counter() - begun_at))
-                    limit_s = TIMED_PART * left_s / ((len(cases) - number) * len(opened))
+                    share_s = TIMED_PART * left_s / ((len(cases) - number) * len(opened))
+                    limit_s = max(LEAST_S, share_s)
                 comparisons.append(compare(case, opened, n_rounds, tell, is_metered, limit_s))
     finally:
         if comparisons:

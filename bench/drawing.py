@@ -14,12 +14,16 @@ ROOM = 4.0
 
 
 def draw(path: Path, title: str, comparisons: Sequence[Comparison]) -> None:
-    """Draw the medians on logarithmic scales, with a mark at the fastest round."""
+    """Draw the medians on logarithmic scales, with a mark at the fastest round.
+
+    Cases that no side was asked for are left out; one at least was asked of some.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    comparisons = [comparison for comparison in comparisons if comparison.timings]
     n_columns = min(N_COLUMNS, len(comparisons))
     n_rows = -(-len(comparisons) // n_columns)
     n_sides = max(len(comparison.timings) for comparison in comparisons)

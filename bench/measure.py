@@ -154,7 +154,7 @@ def compare(
     seconds: dict[str, list[float]] = {side.name: [] for side in able}
     usages: dict[str, list[Usage]] = {side.name: [] for side in able}
     for number in range(n_rounds):
-        first = number % len(able)
+        first = number % max(1, len(able))
         for side in able[first:] + able[:first]:
             if number and sum(seconds[side.name]) * case.n_calls > limit_s:
                 continue

@@ -53,6 +53,7 @@ def open_ray(n_workers: int, stack: ExitStack) -> Callable[..., object]:
         from ray.util.dask import ray_dask_get
 
         ray.init(
+            address="local",  # a cluster that somebody else has left behind is not ours to use
             num_cpus=n_workers,
             include_dashboard=False,
             log_to_driver=False,

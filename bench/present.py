@@ -81,7 +81,7 @@ def times_table(comparisons: Sequence[Comparison]) -> Table:
     for side in names:
         table.add_column(HEADINGS.get(side, side), justify="right", no_wrap=True)
     for comparison in comparisons:
-        most = max(len(timing.seconds) for timing in comparison.timings)
+        most = max((len(timing.seconds) for timing in comparison.timings), default=0)
         cells = {timing.side: _cell(timing, most) for timing in comparison.timings}
         table.add_row(comparison.case, *(cells.get(side, "") for side in names))
     return table

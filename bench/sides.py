@@ -91,10 +91,12 @@ def open_sides(
     n_workers: int,
     tell_absent: Callable[[str], None] | None = None,
     tell_start: Callable[[Start], None] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[list[Side]]:
     """Open the named sides; all are closed at the end.
 
     Args:
+        tell: is told what happens now, for a progress line.
         tell_start: is told what each side was seen to be; only then are its workers waited for.
         tell_absent: is told of each side that is not installed, which is left out then; None: that
             is an error.
@@ -102,6 +104,7 @@ def open_sides(
     with ExitStack() as stack:
         opened = []
         for name in names:
+            tell(f"opening {name}")
             begun_at = time.perf_counter()
             try:
                 side = _open(name, n_workers, stack)
