@@ -4,8 +4,8 @@ Three kinds of numbers go in, and none of them is the wall time that is predicte
 
 - latencies of the store, of blobs and of waking an executor, from micro graphs and single
   operations (`measure_platform`);
-- for each workload the seconds of its tasks, from traced runs of clusters of one executor. Two of
-  them run at once, as the two executors of the predicted run do: tasks that want the bandwidth of
+- for each workload the seconds of its tasks and of reading their programs, from traced runs of
+  clusters of one executor. Two of them run at once, as the two executors of the predicted run do: tasks that want the bandwidth of
   the memory take longer then, and the factor between the two is reported;
 - what the client does by itself: planning, encoding, reading results.
 
@@ -35,7 +35,7 @@ from bench.baseline_cluster import sizes_of
 from bench.measure import Built, Case
 from bench.present import seconds_text
 from bench.service import measure_service
-from wukong import LocalCluster
+from wukong import LocalCluster, trace
 from wukong.cluster_base import executor_policy
 from wukong.executor.messages import BlobId, ExportId, JobId, Located
 from wukong.executor.wire import PutRequest, Traffic, open_wire
@@ -67,6 +67,8 @@ class FixedCluster(LocalCluster):
     """Of the last graph: planning, cutting and encoding, before anything is in the store."""
     durations: dict[int, float]
     """Of the last graph's tasks, in seconds."""
+    decode_s = 0.0
+    """Of each of these tasks besides: its share of its strand's program."""
     _begun_at = 0.0
 
     def get(self, dsk: Any, keys: Any, **kwargs: Any) -> Any:
@@ -89,6 +91,9 @@ class FixedCluster(LocalCluster):
         run: JobRun = self._run(submission, timeout_s, on_tasks)
         self._chores.add(lambda: self._learn(plan, run))
         self.durations = dict(zip(*run.durations(), strict=True))
+        records = [record for record in self.report().records if not record.n_blobs_read]
+        n_tasks = sum(len(trace.ints(record.tasks)) for record in records)
+        self.decode_s = sum(r.fetched_at - r.begun_at for r in records) / max(1, n_tasks)
         return plan.resolve(run.values)
 
 
@@ -277,7 +282,7 @@ def predict(
     strands = both.strands = both.cut(plan)
     alone: list[dict[int, float]] = []
     beside: list[dict[int, float]] = []
-    walls, clients = [], []
+    walls, clients, decodes = [], [], []
     with ThreadPoolExecutor(2) as threads:
         for number in range(n_rounds):
             tell(f"{case.name}: round {number + 1} of {n_rounds}")
@@ -287,8 +292,10 @@ def predict(
             alone.append(one.durations)
             list(threads.map(lambda cluster: cluster.get(graph, keys), (one, other)))
             beside += [one.durations, other.durations]
+            decodes += [one.decode_s, other.decode_s]
     durations_s = _means(beside, len(plan.keys))
-    costs = Costs(durations_s, [sizes.get(key, 0) for key in plan.keys])
+    own_s = [taken_s + statistics.fmean(decodes) for taken_s in durations_s]
+    costs = Costs(own_s, [sizes.get(key, 0) for key in plan.keys])
     dag, parts = _dag_of(plan), static_parts(strands)
     makespan_s = _makespan_s(dag, costs, parts, machine.platform, N_WORKERS)
     read_s = sum(costs.sizes_bytes[t] for t in dag.requested) / machine.read_bytes_per_s
