@@ -164,7 +164,8 @@ class CountedJobs(LocalJobStore):
         # Before the client can learn that the job is over, and read the counts.
         self.counts.add(commits=1, operations=1, round_trips=1, written_bytes=sum(sizes))
         reply = super().commit(request)
-        assert isinstance(reply, Receipt), "no executor dies here, so that no commit is refused"
+        if isinstance(reply, Refused):
+            return reply  # the job has ended by an error of another task
         if reply.become is not None:
             own = {output.export for output in request.outputs}
             others = [part for part in reply.become.inputs if part.export not in own]

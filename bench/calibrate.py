@@ -5,8 +5,8 @@ Three kinds of numbers go in, and none of them is the wall time that is predicte
 - latencies of the store, of blobs and of waking an executor, from micro graphs and single
   operations (`measure_platform`);
 - for each workload the seconds of its tasks and of reading their programs, from traced runs of
-  clusters of one executor. Two of them run at once, as the two executors of the predicted run do: tasks that want the bandwidth of
-  the memory take longer then, and the factor between the two is reported;
+  clusters of one executor. Two of them run at once, as the two executors of the predicted run do:
+  tasks that want the bandwidth of the memory take longer then, and the factor is reported;
 - what the client does by itself: planning, encoding, reading results.
 
 The predicted run has the same plan, the same strands and the same policy, on a virtual clock.

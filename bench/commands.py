@@ -413,10 +413,11 @@ def _run(
                 comparisons.append(compare(case, opened, n_rounds, tell, is_metered, limit_s))
     finally:
         if comparisons:
-            console.print(present.times_table(comparisons))
+            wide = Console(width=max(console.width, 130)) if is_metered else console
+            wide.print(present.times_table(comparisons))
             if is_metered:
-                console.print(present.starts_table(starts))
-                console.print(present.usage_table(comparisons))
+                wide.print(present.starts_table(starts))
+                wide.print(present.usage_table(comparisons))
             for why in [*absent, *(f"{c.case}: {each}" for c in comparisons for each in c.absent)]:
                 console.print(f"absent: {why}")
             console.print(present.ratios_table(present.ratios(comparisons, targets)))
