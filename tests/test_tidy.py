@@ -86,7 +86,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("wukong.storage.secret",),
     ("wukong.storage", "wukong.scheduler.retries", "wukong.executor.outputs"),
-    ("wukong.executor.core",),
+    ("wukong.executor.core", "wukong.executor.kept"),
     ("wukong.executor.wire",),
     ("wukong.executor.recorder", "wukong.executor.early", "wukong.rdma.ports"),
     ("wukong.executor.run", "wukong.rdma.verbs"),

@@ -32,7 +32,7 @@ from wukong.scheduler.job import JobPolicy
 from wukong.scheduler.plan import Plan
 from wukong.session import Session
 from wukong.session_watch import OnNews, OnRuns
-from wukong.storage import Store
+from wukong.storage import Store, memory_bytes
 from wukong.submit import LEAST_STRAND_S, Submission, cut_plan, submit_plan
 
 CANCEL_S = 5.0
@@ -329,6 +329,7 @@ def executor_policy(is_measured: bool, confirm: bool = False, is_remote: bool = 
         pile_bytes=int(config.get("executor.pile-bytes")),
         early_bytes=int(config.get("executor.early-bytes")) if is_remote else 0,
         prefetch_bytes=int(config.get("executor.prefetch-bytes")) if is_remote else 0,
+        keep_bytes=int(float(config.get("executor.keep-part")) * memory_bytes()),
         split=bool(config.get("executor.split")),
         heartbeat_s=float(config.get("executor.heartbeat-s")),
         n_deaths_max=int(config.get("executor.deaths-max")),

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from wukong.executor.events import Event, Fetch
 from wukong.executor.invoker import Invoker
+from wukong.executor.kept import Kept
 from wukong.executor.messages import HolderId, Part
 from wukong.executor.run import Executor
 from wukong.executor.scene import Lender
@@ -116,8 +117,9 @@ class LaneExecutor(Executor):
         invoker: Invoker,
         policy: Policy,
         on_stuck: Callable[[], None] = lambda: None,
+        kept: Kept | None = None,
     ) -> None:
-        super().__init__(holder, store, invoker, policy, on_stuck)
+        super().__init__(holder, store, invoker, policy, on_stuck, kept)
         self._place = replace(self._place, lender=_TurnLender(turn, self._place.lender))
         self._turn = turn
         self._prefetch_bytes = policy.prefetch_bytes

@@ -24,6 +24,9 @@ FAILED = 70
 """Exit status of an executor that ended by a defect or for lack of its store (`EX_SOFTWARE`)."""
 
 
+REST_AFTER_S = 1.0
+"""Who has run nothing for so long gives memory back. Within a job one mostly waits for less, and
+would have each page zeroed and mapped anew."""
 DEPUTY_LOOKS_S = 0.2
 """A deputy that idles looks this often whether the task whose place it has goes on."""
 
@@ -159,6 +162,8 @@ class ProcessSeat:
         self.new_executor = new_executor
         self.hand: Callable[[Sequence[Invocation]], None] | None = None
         """Where invoked tokens go, if the store itself is not the pool's queue."""
+        self.on_rest: Callable[[], None] = lambda: None
+        """Called when nothing has been run for `REST_AFTER_S`."""
         self.number = number
         self._doorbell = doorbell
         self._lifeline_fd = lifeline_fd
@@ -314,20 +319,24 @@ class ProcessSeat:
             timeout_s: float | None = LOOK_AFTER_S
             while True:
                 fds = {fd for fd, _ in poll.poll(milliseconds(timeout_s))}
+                is_long = not fds and timeout_s == REST_AFTER_S
                 if self._lifeline_fd in fds:
                     poll.unregister(self._lifeline_fd)
                     self._end()
                 with self._lock:
                     self._heart_rests = not self._n_busy
-                    if self._heart_rests:
+                    if self._heart_rests and is_long:
+                        self.on_rest()
                         release_memory()
-                    timeout_s = None if self._heart_rests else LOOK_AFTER_S
+                    timeout_s = LOOK_AFTER_S
+                    if self._heart_rests:
+                        timeout_s = None if is_long else REST_AFTER_S
                 if self._kick_fd in fds:
                     # Work has just begun: there is nothing to renew or to split yet.
                     os.eventfd_read(self._kick_fd)
-                elif timeout_s is not None:
+                elif not self._heart_rests:
                     # A run may begin at any moment and wants to be looked at after that time.
-                    timeout_s = min(timeout_s, *[e.beat() for e in list(self._executors)])
+                    timeout_s = min(LOOK_AFTER_S, *[e.beat() for e in list(self._executors)])
         except BaseException:
             # Without a heart the token would be taken for dead while it runs on.
             traceback.print_exc()

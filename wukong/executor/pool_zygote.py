@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from multiprocessing.process import current_process
 from typing import NoReturn
 
+from wukong.executor.kept import Kept
 from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
 from wukong.executor.messages import HolderId
 from wukong.executor.pool_handed import HandedExecutor, HandedLane, HandedTokens
@@ -99,8 +100,11 @@ def run_executor(seat: ProcessSeat, settings: Settings) -> None:
     assert queue is not None, "the tokens of this store are handed to pools"
     turn = Turn() if store.is_remote and settings.policy.prefetch_bytes else None
 
+    kept = Kept(settings.policy.keep_bytes // settings.n_seats)
+    seat.on_rest = kept.clear
+
     def new_executor(seat: ProcessSeat, tokens: HandedTokens | None = tokens) -> Executor:
-        rest = (seat.holder, store, seat, settings.policy, seat.report_stuck)
+        rest = (seat.holder, store, seat, settings.policy, seat.report_stuck, kept)
         if turn is None:
             return Executor(*rest) if tokens is None else HandedExecutor(tokens, *rest)
         return LaneExecutor(turn, *rest) if tokens is None else HandedLane(tokens, turn, *rest)

@@ -63,6 +63,7 @@ from wukong.executor.events import (
     StoreFailed,
 )
 from wukong.executor.invoker import Invoker
+from wukong.executor.kept import Kept
 from wukong.executor.messages import (
     AttemptId,
     Grant,
@@ -77,13 +78,7 @@ from wukong.executor.recorder import Recorder
 from wukong.executor.scene import Place, lender_of
 from wukong.executor.serialize_failures import Failure, Raised, death_error, exit_error
 from wukong.executor.serialize_programs import NO_PROGRAM, ONCE, Program
-from wukong.executor.wire import (
-    Error,
-    Traffic,
-    UnreadableExports,
-    Wire,
-    open_wire,
-)
+from wukong.executor.wire import Error, Traffic, UnreadableExports, Wire, open_wire
 from wukong.executor.work import Phase, Policy
 from wukong.storage import Store
 
@@ -106,6 +101,7 @@ class Executor:
         policy: the core's.
         on_stuck: called, in the heartbeat thread, when a task goes on although nobody waits for it
             any more; somebody should take this executor's place.
+        kept: values of blobs, for all executors of this process.
     """
 
     def __init__(
@@ -115,10 +111,10 @@ class Executor:
         invoker: Invoker,
         policy: Policy,
         on_stuck: Callable[[], None] = lambda: None,
+        kept: Kept | None = None,
     ) -> None:
-        self._store = store
-        self._jobs, self._queue = store.jobs, store.queue
-        self._invoker = invoker
+        self._store, self._kept = store, kept or Kept(0)
+        self._jobs, self._queue, self._invoker = store.jobs, store.queue, invoker
         self._place = Place(holder, lender_of(invoker), lambda: ops.task_now(self._running))
         self._holder = holder
         self._core = ExecutorCore(holder, policy, new_attempt)
@@ -277,6 +273,7 @@ class Executor:
                 if confirm:
                     self._jobs.confirm(JobId(blobs[0].partition("/")[0]))
                 self._store.blobs.delete_many(blobs)
+                self._kept.drop(blobs)
             case ReportLost(job, token, attempt, exports):
                 self._jobs.report_lost(job, token, attempt, exports)
             case Forget():
@@ -288,7 +285,7 @@ class Executor:
         if wire is None:
             while len(self._wires) >= PROGRAMS_KEPT:
                 del self._wires[next(iter(self._wires))]
-            wire = self._wires[job] = open_wire(self._store, job, self._traffic)
+            wire = self._wires[job] = open_wire(self._store, job, self._traffic, self._kept)
         return wire
 
     # -------------------------------------------------------------- inputs

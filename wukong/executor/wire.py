@@ -15,6 +15,7 @@ from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 from wukong.errors import CorruptBlob, MissingBlob, SecurityError, SerializationError
+from wukong.executor.kept import Kept
 from wukong.executor.messages import BlobId, Entry, ExportId, JobId, Located, Part
 from wukong.executor.serialize import Codec, Encoded, derive_key
 from wukong.executor.serialize_failures import (
@@ -199,15 +200,19 @@ class SignedWire:
         codec: has the job's key.
         blobs: where what is not inline goes.
         traffic: is counted up; shared by all jobs of an executor or client.
+        kept: values of blobs that need not be read; shared likewise.
     """
 
     is_measured = True
 
-    def __init__(self, job: JobId, codec: Codec, blobs: BlobStore, traffic: Traffic) -> None:
+    def __init__(
+        self, job: JobId, codec: Codec, blobs: BlobStore, traffic: Traffic, kept: Kept
+    ) -> None:
         self._job = job
         self._codec = codec
         self._blobs = blobs
         self._traffic = traffic
+        self._kept = kept
         self._owners: list[object] = []
         """Values that were put, and whose end would undo what their copies rely on."""
 
@@ -230,6 +235,9 @@ class SignedWire:
                 if len(self._owners) < OWNERS_KEPT and owns_something(value):
                     self._owners.append(value)
         self._put_blobs(blobs)
+        for request, (_, entry) in zip(requests, made):
+            if entry.blob is not None:
+                self._kept.add(entry.blob, request.values, entry.size_bytes)
         return made
 
     def _encode(self, request: PutRequest) -> Encoded:
@@ -268,10 +276,18 @@ class SignedWire:
             for entry in entries
             if any(map(is_wanted, entry.tasks))
         ]
-        ids = [(export, entry.blob) for export, entry in wanted if entry.blob is not None]
+        ids: list[tuple[ExportId, BlobId]] = []
+        rest: list[tuple[ExportId, Entry]] = []
+        for export, entry in wanted:
+            if entry.blob is not None:
+                if (kept := self._kept.get(entry.blob)) is not None:
+                    values.update(zip(entry.tasks, kept, strict=True))
+                    continue
+                ids.append((export, entry.blob))
+            rest.append((export, entry))
         views = dict(zip((blob for _, blob in ids), self._get(ids), strict=True))
         lost: list[tuple[ExportId, str]] = []
-        for export, entry in wanted:
+        for export, entry in rest:
             if entry.blob is None:
                 # A copy that can be written to: tasks expect to own small arrays.
                 buffer, context = bytearray(entry.payload), self._context(export)  # type: ignore[call-overload]  # bytes, since put() encoded it
@@ -283,6 +299,8 @@ class SignedWire:
                 lost.append((export, str(error)))
                 continue
             values.update(zip(entry.tasks, decoded, strict=True))
+            if entry.blob is not None:
+                self._kept.add(entry.blob, decoded, entry.size_bytes)
             self._traffic.bytes_read += entry.size_bytes
         if lost:
             raise UnreadableExports(tuple(sorted({e for e, _ in lost})), lost[0][1])
@@ -363,11 +381,12 @@ class SignedWire:
         return f"{self._job}:{name}".encode()
 
 
-def open_wire(store: Store, job: JobId, traffic: Traffic) -> Wire:
-    """The wire of one job on a store; counts in `traffic`."""
+def open_wire(store: Store, job: JobId, traffic: Traffic, kept: Kept | None = None) -> Wire:
+    """The wire of one job on a store; counts in `traffic`, and keeps no values without `kept`."""
     if store.blobs is None:
         return ObjectWire()
-    return SignedWire(job, Codec(derive_key(store.secret, job)), store.blobs, traffic)
+    codec = Codec(derive_key(store.secret, job))
+    return SignedWire(job, codec, store.blobs, traffic, Kept(0) if kept is None else kept)
 
 
 def owns_something(value: object) -> bool:

@@ -49,6 +49,8 @@ class Policy:
     """The same for outputs that will be put in any case, where blobs are far away; 0: off."""
     prefetch_bytes: int = 0
     """Inputs of a next strand that may be fetched while another one runs; 0: none are."""
+    keep_bytes: int = 0
+    """Values of blobs that the executors of a pool keep, all together; 0: none."""
     split: bool = True
     """Give away the rest of a strand that runs long while executors are idle."""
     split_bytes_per_s: float = 5e6

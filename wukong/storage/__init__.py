@@ -170,6 +170,10 @@ def _open_redis(
 
 def default_limit_bytes(directory: Path) -> int:
     """How many bytes of blobs a directory may hold: a part of memory, and of its file system."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = os.statvfs(directory)
-    return int(BLOBS_PER_MEMORY * min(memory_bytes, 2 * found.f_frsize * found.f_blocks))
+    return int(BLOBS_PER_MEMORY * min(memory_bytes(), 2 * found.f_frsize * found.f_blocks))
+
+
+def memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,7 +5,7 @@
     <root>/.usage                   two counters for each process that has put or deleted
 
 A blob is written once, by `write`, before anybody is told its id, and never changed: readers map
-it copy-on-write, so they may alter what they read and nobody else sees it. (Writing through a
+it copy-on-write, so a process may alter what it has mapped and no other one sees it. (Writing through a
 mapping would end the process with SIGBUS when shared memory is full; `write` reports it.)
 
 Bytes in use, in memory and on disk, are counted without a lock: each process adds what it puts and
