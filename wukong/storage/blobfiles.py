@@ -5,8 +5,8 @@
     <root>/.usage                   two counters for each process that has put or deleted
 
 A blob is written once, by `write`, before anybody is told its id, and never changed: readers map
-it copy-on-write, so a process may alter what it has mapped and no other one sees it. (Writing through a
-mapping would end the process with SIGBUS when shared memory is full; `write` reports it.)
+it copy-on-write, so a process may alter what it has mapped and no other one sees it. (Writing
+through a mapping would end the process with SIGBUS when shared memory is full; `write` reports it.)
 
 Bytes in use, in memory and on disk, are counted without a lock: each process adds what it puts and
 subtracts what it deletes in counters that only it writes, and their sums are the totals. Counters
