@@ -5,6 +5,7 @@ The bare ping-pong has no call, no pickle and no future: it moves 1 KiB there an
 in a session of its own, as executors are in their agent's: Linux shares cores out by sessions.
 """
 
+import ctypes
 import mmap
 import os
 import random
@@ -38,6 +39,7 @@ LARGE_BYTES = 64_000_000
 WORD = 8
 REPLY_AT = 8192
 LEFT_S = 10.0
+_PR_SET_PDEATHSIG = 1
 
 
 def p50_us(call: Callable[[], object], n_calls: int) -> float:
@@ -64,7 +66,7 @@ def memory_ping_pong() -> Iterator[Callable[[], bytes]]:
     size = len(PAYLOAD)
     pid = os.fork()
     if pid == 0:
-        os.setsid()
+        _be_peer()
         turn = 0
         while True:
             turn += 1
@@ -103,7 +105,7 @@ def socket_ping_pong() -> Iterator[Callable[[], bytes]]:
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pid = os.fork()
     if pid == 0:
-        os.setsid()
+        _be_peer()
         ours.close()
         while data := theirs.recv(size):
             theirs.sendall(data)
@@ -119,6 +121,12 @@ def socket_ping_pong() -> Iterator[Callable[[], bytes]]:
     finally:
         ours.close()
         os.waitpid(pid, 0)
+
+
+def _be_peer() -> None:
+    """In a session of its own; dies with the bench, since nothing else would reach it there."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 @contextmanager
