@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 SHELL := /bin/bash
 
-.PHONY: venv demo test test-fast test-full test-rdma servers check bench clean
+.PHONY: venv demo test test-fast test-full test-oldest test-rdma servers check bench clean
 
 venv: $(STAMP)
 
@@ -49,9 +49,23 @@ servers:
 test-fast: venv
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-full: check servers
+test-full: check servers test-oldest
 	$(BIN)/python -m pytest -q --full
 	$(BIN)/python -m tests.dask_suites --full
+
+# Clients of the oldest Dask that is taken; its environment is made once, and when this changes.
+OLDEST := $(shell sed -n 's/^OLDEST = "\(.*\)"/\1/p' wukong/scheduler/dask_server_clients.py)
+OLD := .venv-$(OLDEST)
+
+test-oldest: $(OLD)/.stamp
+	PYTHONPATH=$(CURDIR) $(OLD)/bin/python -m pytest -q tests/dask tests/test_dask_server.py
+
+$(OLD)/.stamp: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[redis]' \
+		dask==$(OLDEST) distributed==$(OLDEST) hypothesis pandas psutil pyarrow 'pytest>=9' \
+		pytest-rerunfailures
+	@touch $@
 
 bench: venv
 	$(BIN)/wukong bench micro
@@ -59,5 +73,5 @@ bench: venv
 	$(BIN)/wukong bench limits
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench/results
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench/results
 	find wukong bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -146,7 +146,7 @@ def test_common_annotations_yield_to_a_graph_s_own() -> None:
     ("version", "is_in"),
     [
         ("2025.12.0", False),
-        ("2026.1.0", True),
+        ("2026.1.2", True),
         ("2026.8.3", True),
         ("2026.8.0+3.g1234", True),
         ("2026.9.0", False),
@@ -155,4 +155,4 @@ def test_common_annotations_yield_to_a_graph_s_own() -> None:
 )
 def test_a_version_out_of_range_is_refused(version: str, is_in: bool) -> None:
     assert is_supported(version) is is_in
-    assert requirement() == "distributed>=2026.1.0,<2026.9"
+    assert requirement() == "distributed>=2026.1.2,<2026.9"

@@ -15,10 +15,12 @@ from typing import Any
 import dask
 import dask.array as da
 import pytest
-from distributed import Client, Lock, default_client, wait
+from distributed import Client, Lock, default_client, get_task_metadata, wait, worker_client
 from distributed.client import ClosedClientError
+from distributed.diagnostics import MemorySampler
 
 from tests.dask.client_tasks import add, gate, inc, leave_mark, n_marks, slow_inc
+from tests.dask.conftest import N_WORKERS
 
 
 def test_a_client_is_the_default_until_it_closes(cluster: Any) -> None:
@@ -378,3 +380,41 @@ def test_slow_tasks_of_one_client_do_not_stop_another(
     assert other.gather(other.map(slow_inc, range(4), delay_s=0.001)) == [1, 2, 3, 4]
     (tmp_path / "go").touch()
     wait(slow)
+
+
+def test_the_state_of_the_cluster_is_written(client: Client, tmp_path: Path) -> None:
+    import yaml
+
+    client.submit(inc, 1).result()
+    client.dump_cluster_state(str(tmp_path / "state"), format="yaml")
+    state = yaml.unsafe_load((tmp_path / "state.yaml").read_text())
+    assert {"scheduler", "workers", "versions"} <= set(state)
+    client.dump_cluster_state(f"file://{tmp_path}/elsewhere")
+    assert (tmp_path / "elsewhere.msgpack.gz").exists()
+
+
+def test_memory_is_sampled(client: Client) -> None:
+    sampler = MemorySampler()
+    with sampler.sample("held", client=client, measure="managed", interval=0.02):
+        held = client.submit(bytes, 1_000_000)
+        assert len(held.result()) == 1_000_000
+        time.sleep(0.3)
+    assert len(sampler.to_pandas()) > 1
+
+
+def test_metadata_of_tasks_name_them(client: Client) -> None:
+    with get_task_metadata() as tasks:
+        future = client.submit(inc, 1, pure=False)
+        future.result()
+    assert tasks.state[future.key] == "memory"
+    assert future.key in tasks.metadata
+
+
+def test_an_executor_beside_one_that_waits_is_not_counted(client: Client) -> None:
+    def nest(n: int) -> int:
+        with worker_client() as inner:
+            return sum(inner.gather(inner.map(inc, range(n))))
+
+    assert client.gather(client.map(nest, range(4), pure=False)) == [0, 1, 3, 6]
+    assert len(client.run(inc, 1)) == N_WORKERS
+    assert len(client.get_versions(check=True)["workers"]) == N_WORKERS

@@ -35,6 +35,7 @@ import dask.config
 from distributed.broker import Broker
 from distributed.comm import Comm
 from distributed.core import Status
+from distributed.diagnostics.memory_sampler import MemorySamplerExtension
 from distributed.event import EventExtension
 from distributed.multi_lock import MultiLockExtension
 from distributed.publish import PublishExtension
@@ -154,6 +155,7 @@ class DaskServer(KeyServer):
             "events": EventExtension(self),
             "values": Values(self),
             "facts": Facts(self),
+            "memory": MemorySamplerExtension(_any(self)),
         }
         self.looks = Looks(self)
         self.session = open_session(self._tell, self._tell_runs)
@@ -285,12 +287,12 @@ class DaskServer(KeyServer):
             holder = self.clients.get(name)
             if holder is None:
                 continue
-            holder.silent_s += passed_s
-            if not holder.is_paced and holder.silent_s > LOOK_S - FIRST_BEAT_S:
-                # Not with the first message, which clients expect to come alone.
+            if not holder.is_paced and holder.silent_s > -FIRST_BEAT_S:
+                # Not at the first look: a client expects its first message to come alone.
                 holder.is_paced = True
                 interval_s = min(MOST_BEAT_S, silence_s / 6)
                 outbox.send({"op": "adjust-heartbeat-interval", "interval": interval_s})
+            holder.silent_s += passed_s
             if holder.silent_s > silence_s:
                 logger.warning(
                     "client %s has been silent for %.0f s: its futures are released",

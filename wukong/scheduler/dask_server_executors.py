@@ -32,6 +32,11 @@ GREETING_S = 15.0
 that have come."""
 
 
+ONE_EACH = ("run", "versions")
+"""What is answered once for each worker that is shown, though an executor whose task waits for
+others has another one beside it."""
+
+
 class Executors:
     """The handlers; for the loop's thread.
 
@@ -200,6 +205,10 @@ class Executors:
             nanny: has no meaning here: what would run in a nanny runs in the executor.
         """
         targets = await self._targets(workers)
+        if msg["op"] in ONE_EACH:
+            shown = self._server.workers
+            ordered = sorted(targets, key=lambda address: address not in shown)
+            targets = {address: targets[address] for address in ordered[: len(shown)]}
         answers = await asyncio.gather(
             *[self._call(target, msg) for target in targets.values()], return_exceptions=True
         )

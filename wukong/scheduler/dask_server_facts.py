@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dask.typing import no_default
 from dask.utils import parse_timedelta
 from distributed import profile
+from distributed.cluster_dump import write_state
 from distributed.comm import Comm
 from distributed.core import Status
 from distributed.protocol import pickle
@@ -73,7 +74,8 @@ class Facts:
                 "get_logs": lambda n=None: (),
                 "logs": lambda n=None: (),
                 "worker_logs": lambda **_: {},
-                "get_cluster_state": lambda exclude=(): self.identity(),
+                "get_cluster_state": self.cluster_state,
+                "dump_cluster_state_to_url": self.dump_cluster_state,
                 "run_function": self.run_function,
                 "feed": self.feed,
                 "rebalance": lambda **_: {"status": "OK"},
@@ -103,6 +105,28 @@ class Facts:
                 for address, name in (shown if n_workers == -1 else shown[:n_workers])
             },
         }
+
+    def cluster_state(self, exclude: object = ()) -> dict[str, Any]:
+        """What `dump_cluster_state` writes; less than Dask's, as there is less to know."""
+        described = self.identity()
+        return {
+            "scheduler": {**described, "tasks": {str(k): e.state for k, e in self._tasks()}},
+            "workers": described["workers"],
+            "versions": {"scheduler": self.versions()},
+        }
+
+    async def dump_cluster_state(
+        self, url: str, exclude: object = (), format: Any = "msgpack", **storage_options: Any
+    ) -> None:
+        """Write it to wherever fsspec can write."""
+
+        async def state() -> dict[str, Any]:
+            return self.cluster_state()
+
+        await write_state(state, url, format, **storage_options)
+
+    def _tasks(self) -> list[tuple[Key, Entry]]:
+        return list(self._server.tasks.items())
 
     def _worker(self, address: str, name: str) -> dict[str, Any]:
         memory_bytes = MEMORY_LIMIT // max(1, len(self._server.workers))
@@ -276,7 +300,7 @@ class Facts:
             for key, entry in self._server.tasks.items()
             if key not in before and entry.state in (DONE, FAILED)
         }
-        return {"metadata": {}, "state": state}
+        return {"metadata": {key: {} for key in state}, "state": state}
 
     # -------------------------------------------------------------- functions
 

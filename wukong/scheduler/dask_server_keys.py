@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from distributed.core import Server
+from distributed.scheduler import MemoryState
 from distributed.sizeof import safe_sizeof
 
 from wukong.scheduler.calls import Key
@@ -77,6 +78,15 @@ class KeyServer(Server):
     def clients(self) -> dict[str, Holder]:
         """Clients and what stands in for them, by name."""
         return self.futures.holders
+
+    @property
+    def memory(self) -> MemoryState:
+        """What `MemorySampler` measures: values in the store, and the server's own process."""
+        managed = sum([max(0, entry.size_bytes) for entry in self.tasks.values()])
+        process = int(self.monitor.get_process_memory())
+        return MemoryState(
+            process=max(process, managed), unmanaged_old=0, managed=managed, spilled=0
+        )
 
     # -------------------------------------------------------------- reports
 
