@@ -1,23 +1,20 @@
 #!/usr/bin/env bash
 # build_kernel.sh TARGET: build User-Mode Linux with a soft-RoCE device from Debian's kernel sources.
 # About 9 CPU minutes, once; afterwards a guest starts in a second and runs Python at full speed.
-# Needs root, apt and 2.5 GB of space beside TARGET for the while; leaves TARGET alone (7 MB).
+# Needs root, apt, flex, bison, bc, make, gcc, xz, and 2.5 GB of space beside TARGET for the while;
+# leaves TARGET alone (7 MB).
 set -euo pipefail
 target=$(realpath -m "$1")
 config=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/kernel.config
 mkdir -p "$(dirname "$target")"
+# One at a time; what others have left that were killed is taken away.
+exec 9>"$target.lock"
+flock 9
+[ ! -e "$target" ] || exit 0
+rm -rf "$(dirname "$target")"/build.*
 work=$(mktemp -d "$(dirname "$target")/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 export DEBIAN_FRONTEND=noninteractive
-
-missing=()
-for pair in flex:flex bison:bison bc:bc make:make gcc:gcc xz:xz-utils; do
-  command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
-done
-[ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
-if [ ${#missing[@]} -gt 0 ]; then
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-fi
 
 cd "$work"
 # The package is taken apart here, and not installed: 140 MB of sources serve nobody afterwards.

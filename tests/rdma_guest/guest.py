@@ -79,6 +79,7 @@ def find_kernel(backend: str = "auto") -> Kernel:
         path = uml_path()
         try:
             if not path.exists():
+                install_tools()
                 _prepare("build_kernel.sh", path, "a User-Mode Linux kernel (9 CPU minutes, once)")
             return Kernel("uml", path)
         except NoGuest as error:
@@ -100,18 +101,34 @@ def install_verbs() -> None:
     Raises:
         NoGuest: it is missing and cannot be installed.
     """
-    wanted = {
-        "ibv_rc_pingpong": "ibverbs-utils",
-        "rdma": "iproute2",
-    }
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    missing = [package for tool, package in wanted.items() if not shutil.which(tool, path=path)]
-    if not list(Path("/usr/lib").glob("*/libibverbs/librxe-*.so")):
-        missing.append("ibverbs-providers")
+    packages = [] if _has_provider() else ["ibverbs-providers"]
     if not Path("/usr/lib/python3/dist-packages/pyverbs").is_dir():
-        missing.append("python3-pyverbs")
+        packages.append("python3-pyverbs")
+    _install({"ibv_rc_pingpong": "ibverbs-utils", "rdma": "iproute2"}, packages)
+
+
+def install_tools() -> None:
+    """Install what building the kernel takes.
+
+    Raises:
+        NoGuest: it is missing and cannot be installed.
+    """
+    tools = ("flex", "bison", "bc", "make", "gcc")
+    packages = [] if Path("/usr/include/stdio.h").exists() else ["libc6-dev"]
+    _install({"xz": "xz-utils", **{tool: tool for tool in tools}}, packages)
+
+
+def _has_provider() -> bool:
+    return any(Path("/usr/lib").glob("*/libibverbs/librxe-*.so"))
+
+
+def _install(tools: dict[str, str], packages: list[str]) -> None:
+    """Install packages, and those of the tools that are not here."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [package for tool, package in tools.items() if not shutil.which(tool, path=path)]
+    missing += packages
     if missing:
-        _need_apt(f"{', '.join(missing)}")
+        _need_apt(", ".join(missing))
         _apt("update", "-qq")
         _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
 
@@ -136,8 +153,11 @@ def _apt(*arguments: str) -> None:
         env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
+        sys.stderr.write(done.stderr)
         raise NoGuest(f"apt-get {shlex.join(arguments)} ended with status {done.returncode}")
 
 

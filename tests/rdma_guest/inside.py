@@ -30,7 +30,8 @@ from wukong.rdma.transport_verbs import (
     VerbsTransport,
 )
 
-WAIT_S = 30.0
+WAIT_S = 120.0
+"""A guest has one processor, of which a busy machine gives it a part."""
 NOTICED_S = 10.0
 """A dead peer is noticed in less; by its socket in milliseconds, without in about a second."""
 
