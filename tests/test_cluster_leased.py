@@ -13,10 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.lambda_world import World, world
 from wukong import LeasedCluster
 from wukong.errors import LeaseRefused, WukongError
 from wukong.rdma import AgentProcess
 
+__all__ = ["world"]
 pytestmark = pytest.mark.slow
 
 
@@ -93,6 +95,22 @@ def test_a_refused_lease_falls_back_or_says_so(agent: AgentProcess) -> None:
         LeasedCluster(3, agents=agent.directory, fallback=None)
     with pytest.raises(ValueError, match="fallback"):
         LeasedCluster(1, agents=agent.directory, fallback="cloud")
+
+
+def test_a_job_goes_on_in_functions_when_its_agent_is_killed(
+    agent: AgentProcess, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.use_redis()
+    service = world.service()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", service.url)
+    given = {"agents": agent.directory, "store": world.store}
+    with pytest.raises(ValueError, match="leases reach"):
+        LeasedCluster(2, agents=agent.directory, fallback="lambda:wukong")
+    with LeasedCluster(2, fallback="lambda:wukong", timeout_s=60, **given) as cluster:
+        threading.Timer(0.5, agent.process.kill).start()
+        total = slow_sum(60, 0.05).compute(scheduler=cluster.get)  # type: ignore[attr-defined]
+        assert total == sum(range(60))
+        assert cluster.has_fallen_back
 
 
 def test_a_job_without_executors_and_fallback_ends_in_an_error(agent: AgentProcess) -> None:

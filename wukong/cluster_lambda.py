@@ -68,26 +68,12 @@ class LambdaCluster(Cluster):
             raise ValueError(f"n_workers is {n_workers}; give 1 or more")
         self.function = function
         self.description = describe_function(function, endpoint_url, region)
-        check_versions(self.description["versions"], function)
-        if self.description["store_problem"]:
-            raise InvokeError(
-                f"the function {function} cannot use its store: {self.description['store_problem']}"
-            )
+        check_function(self.description, function)
         silence_s = float(config.get("job.silence-s"))
         opened = open_store(store, blobs=blobs, silence_s=silence_s)
         self._has_s3 = blobs is not None
-        policy = executor_policy(is_measured=True, confirm=opened.may_roll_back, is_remote=True)
-        fields: dict[str, object] = {
-            "n_executors": n_workers,
-            "silence_s": silence_s,
-            "policy": dataclasses.asdict(policy),
-        }
-        pool = LambdaInvoker(
-            function,
-            n_executors=n_workers,
-            fields=fields,
-            endpoint_url=endpoint_url,
-            region=region,
+        pool = function_pool(
+            function, n_workers, silence_s, opened.may_roll_back, endpoint_url, region
         )
         super().__init__(opened, pool, n_workers=n_workers, timeout_s=timeout_s)
         self._least_strand_s = LEAST_STRAND_S
@@ -128,6 +114,43 @@ class LambdaCluster(Cluster):
 
     def __repr__(self) -> str:
         return self._describe(f"{self.function}, {self.n_workers} executors")
+
+
+def function_pool(
+    function: str,
+    n_workers: int,
+    silence_s: float,
+    may_roll_back: bool,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+) -> LambdaInvoker:
+    """Invocations of a function as executors, at most so many at a time."""
+    policy = executor_policy(is_measured=True, confirm=may_roll_back, is_remote=True)
+    fields: dict[str, object] = {
+        "n_executors": n_workers,
+        "silence_s": silence_s,
+        "policy": dataclasses.asdict(policy),
+    }
+    return LambdaInvoker(
+        function,
+        n_executors=n_workers,
+        fields=fields,
+        endpoint_url=endpoint_url,
+        region=region,
+    )
+
+
+def check_function(description: dict[str, Any], function: str) -> None:
+    """Refuse a function that is not like this client, or cannot reach its store.
+
+    Raises:
+        VersionMismatch, InvokeError: which of both.
+    """
+    check_versions(description["versions"], function)
+    if description["store_problem"]:
+        raise InvokeError(
+            f"the function {function} cannot use its store: {description['store_problem']}"
+        )
 
 
 def describe_function(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from wukong import config
 from wukong.cluster_base import Cluster, executor_policy
+from wukong.cluster_lambda import check_function, describe_function, function_pool
 from wukong.errors import LeaseError
+from wukong.executor.aws_lambda_invoker import LambdaInvoker
 from wukong.executor.futures import FuturesPool
 from wukong.executor.invoker import Pool
 from wukong.executor.pool import ProcessPool
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 LINGER_S = 0.5
 """A leased executor of another node that finds nothing queued waits so long for more."""
-FALLBACKS = ("local", None)
+LAMBDA = "lambda:"
 
 
 class LeasedCluster(Cluster):
@@ -43,8 +46,10 @@ class LeasedCluster(Cluster):
         ttl_s: they are gone so long after this process stops renewing.
         agents: directory in which agents register; None: the usual one.
         store: URL of the store for several nodes (`redis://...`); None: this node's memory.
-        fallback: "local" starts processes of this machine when the lease is refused, exhausted or
-            lost, on the same store, so that jobs go on; None: then they end in an error.
+        fallback: what goes on with the jobs, on the same store, when the lease is refused,
+            exhausted or lost: "local" starts processes of this machine, "lambda:NAME" invokes a
+            function (see `LambdaCluster`; it needs a store that both reach, and is found as the
+            SDK is configured). None: then jobs end in an error.
         timeout_s: each job ends in `JobTimeout` after this long.
         lease_options: further arguments of `wukong.rdma.lease`.
     Raises:
@@ -66,9 +71,13 @@ class LeasedCluster(Cluster):
         timeout_s: float | None = None,
         **lease_options: Any,
     ) -> None:
-        if fallback not in FALLBACKS:
-            raise ValueError(f"fallback is {fallback!r}; give 'local' or None")
+        function = (fallback or "").partition(LAMBDA)[2]
+        if fallback not in ("local", None) and fallback != LAMBDA + function:
+            raise ValueError(f"fallback is {fallback!r}; give 'local', 'lambda:NAME' or None")
+        if function and store is None:
+            raise ValueError("functions run elsewhere: give the store that they and leases reach")
         n_workers = n_workers or len(os.sched_getaffinity(0))
+        self._fallback = fallback
         self._own_directory: Path | None = None
         options: dict[str, Any] = {"silence_s": float(config.get("job.silence-s"))}
         folder: Path | None = None
@@ -82,15 +91,19 @@ class LeasedCluster(Cluster):
         opened = open_store(url, **options)
         policy = executor_policy(opened.blobs is not None, opened.may_roll_back)
         options["secret"] = opened.secret
-        make = functools.partial(_local_pool, url, n_workers, policy, opened, options, folder)
-        pool = OrElse(make if fallback == "local" else None)
+        make: Callable[[], Pool] = functools.partial(
+            _local_pool, url, n_workers, policy, opened, options, folder
+        )
+        if function:
+            make = functools.partial(_function_pool, function, n_workers, opened, options)
+        pool = OrElse(make if fallback else None)
         try:
             leased = lease(n_workers, memory_bytes, ttl_s, directory=agents, **lease_options)
         except LeaseError as error:
             if fallback is None:
                 self._close_store(opened)
                 raise
-            logger.warning("no lease, so local processes run the graphs: %s", error)
+            logger.warning("no lease, so %s executors run the graphs: %s", fallback, error)
             pool.start_other()
         else:
             pool.first = _leased_pool(leased, opened, url, options, policy, folder, pool)
@@ -98,7 +111,7 @@ class LeasedCluster(Cluster):
 
     @property
     def has_fallen_back(self) -> bool:
-        """Whether local processes run what the leased executors were to run."""
+        """Whether other executors run what the leased executors were to run."""
         return self._pool.has_fallen_back
 
     def _close_store(self, opened: Store) -> None:
@@ -112,8 +125,8 @@ class LeasedCluster(Cluster):
             remove_directory(self._own_directory)
 
     def __repr__(self) -> str:
-        local = ", fallen back to local processes" if self.has_fallen_back else ""
-        return self._describe(f"{self.n_workers} leased executors{local}")
+        fallen = f", fallen back to {self._fallback}" if self.has_fallen_back else ""
+        return self._describe(f"{self.n_workers} leased executors{fallen}")
 
 
 def _local_pool(
@@ -133,6 +146,13 @@ def _local_pool(
         preload=tuple(config.get("local.preload")),
         folder=folder,
     )
+
+
+def _function_pool(
+    function: str, n_workers: int, store: Store, options: dict[str, Any]
+) -> LambdaInvoker:
+    check_function(describe_function(function), function)
+    return function_pool(function, n_workers, float(options["silence_s"]), store.may_roll_back)
 
 
 def _leased_pool(
