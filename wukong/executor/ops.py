@@ -134,12 +134,15 @@ def _with_drops(
     return [(task, func, slots, dropped) for (task, func, slots), dropped in zip(listed, drops)]
 
 
-def reads_of(ops: Iterable[Op]) -> Edges:
-    """Which tasks the operations read."""
+def reads_of(ops: Iterable[Op], program: Program) -> Edges:
+    """Which values the operations read that do not come with their program.
+
+    Large constants of several strands are such values too, under negative slots.
+    """
     listed = list(ops)
     return Edges(
         tuple(op[0] for op in listed),
-        tuple(tuple(sorted({s for s in op[2] if s >= 0})) for op in listed),
+        tuple(tuple(sorted(set(op[2]).difference(program.literals))) for op in listed),
     )
 
 

@@ -358,7 +358,7 @@ class Executor:
         if n_done == len(part.tasks):
             return Ran(n_done, self._sizes(part, ()))
         left = part._replace(tasks=part.tasks[n_done:])
-        edges = ops.reads_of(ops.prepare_ops(program, left))
+        edges = ops.reads_of(ops.prepare_ops(program, left), program)
         return Ran(n_done, self._sizes(part, edges.inputs), edges)
 
     def _run_ops(self, iterator: Iterator[ops.Op], program: Program) -> Error | None:
@@ -441,7 +441,7 @@ class Executor:
                 running.resume(running.part, len(running.part.tasks))
                 return
             part, n_done = running.part, running.n_begun - 1
-            edges = ops.reads_of(running.ops[n_done:])
+            edges = ops.reads_of(running.ops[n_done:], self._program)
             self._record.close(part.tasks[:n_done])
             sizes, running_s = self._sizes(part, edges.inputs), running.watch(begun_at)
             event = Overdue(n_done, sizes, edges, self._invoker.n_idle(), running_s)
