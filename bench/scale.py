@@ -26,8 +26,9 @@ RELAY = 32
 """A caller with more invocations sends so many, and those send on the others."""
 TIER_BYTES = 1_000_000
 """The tiered store's default: smaller blobs are in Redis."""
-POLICY = Policy(heartbeat_s=20.0)
-"""As on Lambda: heartbeats of ten thousand executors each second would fill the store's server."""
+POLICY = Policy(heartbeat_s=20.0, hand_over_s=0.25)
+"""As on Lambda: heartbeats of ten thousand executors each second would fill the store's server, and
+an invocation, a start and a commit take a quarter of a second until another executor has begun."""
 SILENCE_S = 60.0
 MEMORY_GB = 3.0
 N_OTHERS_MAX = 20_000

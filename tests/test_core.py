@@ -406,8 +406,13 @@ def test_a_split_that_is_refused_stops_the_run(splitting: Driven) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "n_idle", "n_deaths"),
-    [(Policy(split=False), 4, 0), (Policy(), 0, 0), (Policy(), 4, 1)],
-    ids=["off", "nobody idles", "after a death"],
+    [
+        (Policy(split=False), 4, 0),
+        (Policy(), 0, 0),
+        (Policy(), 4, 1),
+        (Policy(hand_over_s=9), 4, 0),
+    ],
+    ids=["off", "nobody idles", "after a death", "others would begin too late"],
 )
 def test_a_run_is_not_split(policy: Policy, n_idle: int, n_deaths: int) -> None:
     driven = Driven(policy)

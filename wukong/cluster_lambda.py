@@ -27,6 +27,8 @@ N_WORKERS = 100
 """Executors that graphs are cut for: a tenth of what an account may run at a time by default."""
 LEAST_STRAND_S = 0.05
 """What a strand is worth at least: an invocation costs some 20 ms, its start 30 ms (SoCC '20)."""
+HAND_OVER_S = 0.25
+"""From a split to another executor's first task: a commit, an invocation, a start, and a fetch."""
 
 
 class LambdaCluster(Cluster):
@@ -126,6 +128,7 @@ def function_pool(
 ) -> LambdaInvoker:
     """Invocations of a function as executors, at most so many at a time."""
     policy = executor_policy(is_measured=True, confirm=may_roll_back, is_remote=True)
+    policy = dataclasses.replace(policy, hand_over_s=HAND_OVER_S)
     fields: dict[str, object] = {
         "n_executors": n_workers,
         "silence_s": silence_s,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from wukong.executor.aws_lambda_pace import (
     merge_payloads,
     plan_payloads,
 )
+from wukong.executor.invoker import share_of_idle
 from wukong.executor.messages import Invocation
 
 logger = logging.getLogger(__name__)
@@ -147,8 +149,9 @@ class LambdaInvoker:
             self._wake()
 
     def n_idle(self) -> int:
-        """How many executors would start at once, as far as known."""
-        return max(0, self.n_executors - self.count_busy())
+        """The caller's share of the executors that would start at once, as far as known."""
+        n_busy = self.count_busy()
+        return share_of_idle(self.n_executors - n_busy, n_busy, random.random())
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is under way. False: something still is."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from wukong.errors import InvokeError, StoreUnavailable
-from wukong.executor.invoker import Invoker
+from wukong.executor.invoker import Invoker, share_of_idle
 from wukong.executor.lanes import LaneExecutor, SecondLane, Turn
 from wukong.executor.messages import HolderId, Invocation, JobId, Status
 from wukong.executor.run import Executor
@@ -164,14 +165,15 @@ class _Watched:
         """Nothing: the client reads of them as soon as the commit has been made."""
 
     def n_idle(self) -> int:
-        """How many more functions could run, by the job's last known state."""
+        """This function's share of those that could still run, by the job's last known state."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
             with contextlib.suppress(StoreUnavailable):
                 view = self._jobs.view(self._ticket.job)
                 n_busy = self._ticket.n_workers if view is None else view.n_running + view.n_queued
-                self._n_idle = max(0, self._ticket.n_workers - n_busy)
+                n_idle = self._ticket.n_workers - n_busy
+                self._n_idle = share_of_idle(n_idle, n_busy, random.random())
         return self._n_idle
 
 

@@ -20,7 +20,7 @@ class Invoker(Protocol):
         ...
 
     def n_idle(self) -> int:
-        """How many executors would start at once: a hint."""
+        """How many executors would start at once and the caller may count on: a hint."""
         ...
 
 
@@ -30,3 +30,16 @@ class Pool(Invoker, Protocol):
     def close(self) -> None:
         """End the executors that it has started, as far as it can. Idempotent."""
         ...
+
+
+def share_of_idle(n_idle: int, n_busy: int, chance: float) -> int:
+    """How many of the idle executors one of the busy ones may count on, when all look at once.
+
+    Together they give away about as much as there is room for: 5,000 executors that see one idle
+    would else all split what they run.
+
+    Args:
+        chance: from 0 up to 1, drawn anew each time; it rounds the share.
+    """
+    whole, rest = divmod(max(0, n_idle), max(1, n_busy))
+    return whole + (chance * max(1, n_busy) < rest)

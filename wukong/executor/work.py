@@ -56,6 +56,8 @@ class Policy:
     split_bytes_per_s: float = 5e6
     """A split may store so many bytes for each second of work that is left: storing them then
     takes a two-hundredth of it, at 1 GB/s."""
+    hand_over_s: float = 0.0
+    """What passes until another executor has begun with what a split gives it."""
     become: bool = True
     """Go on with one of the strands that a commit mints; off: every strand is invoked anew."""
     heartbeat_s: float = 1.0
@@ -162,14 +164,27 @@ def choose_pieces(
 
 
 def is_worth_a_split(work: Work, overdue: Overdue, policy: Policy, now: float) -> bool:
-    """Whether what a split has to store is little beside what is left to run.
+    """Whether a split ends earlier, and what it has to store is little beside what is left to run.
 
-    If it is not, a later moment may be better: between two groups of tasks nothing large lives.
+    If that is not little, a later moment may be better: between two groups of tasks nothing large
+    lives.
     """
+    mean_s = (now - work.run_at) / (overdue.n_done + 1)
+    if policy.hand_over_s and gain_s(overdue, mean_s, policy.hand_over_s) <= policy.hand_over_s:
+        return False
     wanted = {v for values in overdue.edges.inputs for v in values} - work.recorded.keys()
     n_bytes = sum(overdue.sizes.get(value, 0) for value in wanted)
-    left_s = (now - work.run_at) / (overdue.n_done + 1) * len(overdue.edges.tasks)
+    left_s = mean_s * len(overdue.edges.tasks)
     return n_bytes <= max(policy.blob_bytes, left_s * policy.split_bytes_per_s)
+
+
+def gain_s(overdue: Overdue, task_s: float, hand_over_s: float) -> float:
+    """How much earlier a run ends when one other executor takes half of what has not begun."""
+    n_left = len(overdue.edges.tasks) - 1
+    running_s = max(0.0, task_s - overdue.running_s)
+    n_kept = n_left // 2
+    kept_s = running_s + n_kept * task_s
+    return running_s + n_left * task_s - max(kept_s, hand_over_s + (n_left - n_kept) * task_s)
 
 
 def absorbing_feed(work: Work, policy: Policy) -> Feed | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Protocol
 
+from wukong.executor.invoker import share_of_idle
 from wukong.executor.messages import HolderId, Invocation
 from wukong.sim.executor import DRAIN_AT, SimExecutor
 from wukong.sim.store import SimStore
@@ -204,14 +206,18 @@ class Functions:
         self._tokens = world.setting.platform.burst
         self._filled_at = 0.0
         self._looks_again = False
+        self._dice = Random(world.setting.n_executors)
+        """Apart from the world's, so that asking changes nothing else."""
 
     def invoke(self, invocations: Sequence[Invocation]) -> None:
         """See `SimInvoker`."""
         self._deliveries.send(invocations, self._world.setting.platform.warm_start_s)
 
     def n_idle(self) -> int:
-        """See `SimInvoker`."""
-        return max(0, self._world.setting.n_executors - self._n_busy())
+        """See `SimInvoker`; who asks has seen the job's tokens, as on Lambda."""
+        n_busy = len(self._store.rows.tables["t"])
+        n_idle = self._world.setting.n_executors - n_busy
+        return share_of_idle(n_idle, n_busy, self._dice.random())
 
     def _n_busy(self) -> int:
         return len(self._running) + len(self._queue)

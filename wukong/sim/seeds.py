@@ -86,6 +86,7 @@ def _with_bounds(policy: Policy, seed: int) -> Policy:
         policy,
         pile_bytes=rng.choice((100, 10_000, 1 << 28)),
         early_bytes=rng.choice((0, 1, 5_000)),
+        hand_over_s=rng.choice((0.0, 0.05, 0.5)),
     )
 
 
