@@ -42,6 +42,8 @@ import pytest
 from tests.dask_suites.exceptions import LONG
 
 PREFIX = "DASK_SUITES_"
+FILES_SHARE = 4
+"""A sample is drawn from one file in so many."""
 N_WORKERS = 2
 GetFunction = Callable[..., Any]
 
@@ -139,6 +141,14 @@ def _is_one_of(value: Any, originals: set[GetFunction]) -> bool:
 def rank(nodeid: str) -> int:
     """A test's place in the order in which samples are drawn: the same everywhere."""
     return zlib.crc32(nodeid.encode())
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A sample is drawn from a quarter of the files: to collect all takes longer than to run it."""
+    is_tests = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if not setting("SAMPLE") or not is_tests:
+        return None
+    return rank("/".join(collection_path.parts[-3:])) % FILES_SHARE != 0 or None
 
 
 @pytest.hookimpl(trylast=True)
