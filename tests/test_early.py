@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from test_run import World, interruptions, n_runs, run_all, task
 
+from tests.executor_world import World, interruptions, n_runs, run_all, task
 from wukong import trace
 from wukong.errors import StoreUnavailable
 from wukong.executor.core import ExecutorCore, Phase
