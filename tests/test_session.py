@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ def fail(x: object) -> None:
 
 def ones(n: int) -> Any:
     return np.ones(n)
+
+
+def add_up(_: object, array: Any) -> int:
+    return int(array.sum())
 
 
 class Client:
@@ -145,6 +150,30 @@ def test_what_is_released_is_gone(client: Client) -> None:
     assert {code: keys for code, keys in client.rows().items() if code != "n"} == {
         "p": ["manifest"]
     }
+
+
+def test_objects_are_let_go_one_by_one(client: Client) -> None:
+    names = [f"a{i}" for i in range(64)]
+    values = client.extend(dict.fromkeys(names, (ones, 10)), *names)
+    kept = [weakref.ref(one) for one in client.results(values)]
+    assert client.session.counters().view.n_strands < len(values) / 2
+    client.session.release(values[::2])
+    client.wait_until(lambda: [one() is None for one in kept] == [True, False] * 32)
+    assert [one.sum() for one in client.session.read(values[1::2])] == [10] * 32
+
+
+def test_an_object_is_kept_while_somebody_is_to_read_it(client: Client) -> None:
+    gate = threading.Event()
+    names = [f"a{i}" for i in range(64)]
+    a, *others = client.extend(dict.fromkeys(names, (ones, 10)), *names)
+    first = weakref.ref(client.results([a, *others])[0])
+    wait = client.extend({"w": (gate.wait, LONG_S)}, "w")[0]
+    (total,) = client.extend({"t": (add_up, "w", "a")}, "t", w=wait, a=a)
+    client.session.release([a, wait])
+    assert first() is not None
+    gate.set()
+    assert client.results([total]) == [10]
+    client.wait_until(lambda: first() is None)
 
 
 def test_a_value_pinned_twice_is_released_twice(client: Client) -> None:
@@ -345,6 +374,22 @@ def test_lost_values_are_computed_again(processes: Client, tmp_path: Any) -> Non
     assert isinstance(third, Failure)
     assert client.session.counters().view.generation == 1
     client.session.release([a, b, c])
+    client.wait_until(lambda: not store.blobs.used_bytes())
+
+
+@pytest.mark.slow
+def test_large_values_are_let_go_one_by_one(processes: Client) -> None:
+    client, store = processes, processes.store
+    assert store.blobs is not None
+    names = [f"a{i}" for i in range(32)]
+    values = client.extend(dict.fromkeys(names, (ones, 100000)), *names)
+    client.wait(values)
+    assert client.session.counters().view.n_strands < len(values) / 2
+    used_bytes = store.blobs.used_bytes()
+    client.session.release(values[::2])
+    assert store.blobs.used_bytes() < 0.6 * used_bytes
+    assert [one.sum() for one in client.session.read(values[1::2])] == [100_000] * 16
+    client.session.release(values[1::2])
     client.wait_until(lambda: not store.blobs.used_bytes())
 
 

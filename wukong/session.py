@@ -106,7 +106,7 @@ class Session:
         self._costs = costs
         self._on_news = on_news
         self._wire = open_wire(store, self.job, Traffic())
-        self._holdings = Holdings()
+        self._holdings = Holdings(holds_objects=not self._wire.is_measured)
         self._books = threading.Condition()
         """Guards the holdings; notified when values are recorded."""
         self._order = threading.RLock()
@@ -173,6 +173,7 @@ class Session:
             sources = self._make_sources(made)
             values = [ids.get(slot, slot) for slot in slots]
             with self._books:
+                self._check_held(works)
                 for strand, work in works:
                     self._holdings.add_work(strand, work)
                 self._add_sources(sources)
@@ -237,6 +238,14 @@ class Session:
         is_there = np.array(states, np.int64) & RECORDED > 0
         return Earlier(values, np.array(exports, np.int64), is_there)
 
+    def _check_held(self, works: list[tuple[int, Work]]) -> None:
+        """What a piece reads of earlier ones may have been released while it was cut."""
+        for _, work in works:
+            for _, values in work.part.inputs[work.n_own :]:
+                for value in values:
+                    if self._holdings.export_of(value) < 0:
+                        raise KeyError(f"value {value} is not held")
+
     def _make_sources(self, values: dict[int, Any]) -> list[Output]:
         """Exports of values that exist: a large one has its own, small ones share one."""
         with self._books:
@@ -248,9 +257,7 @@ class Session:
 
     def _add_sources(self, sources: list[Output]) -> None:
         for output in sources:
-            self._holdings.set_export(output.entries[0].tasks, int(output.export))
-            for value in output.entries[0].tasks:
-                self._holdings.set_state(value, RECORDED | TOLD)
+            self._holdings.note_source(output)
 
     def _tell_of_sources(self, sources: list[Output]) -> None:
         if sources:
@@ -364,6 +371,10 @@ class Session:
             self._ask(lambda: self._jobs.unpin(self.job, released.exports))
         if released.strands:
             self._ask(lambda: self._jobs.drop(self.job, released.strands))
+        if released.single:
+            exports = [ExportId(str(export)) for export in released.single]
+            idle = {value for values in released.single.values() for value in values}
+            self._wire.free(self._ask(lambda: self._jobs.located(self.job, exports)), idle)
         blobs = [entry.blob for entry in released.programs if entry.blob is not None]
         if blobs and self._store.blobs is not None:
             self._store.blobs.delete_many(blobs)

@@ -331,7 +331,7 @@ def test_datasets_are_a_mapping(client: Client) -> None:
 
 def test_a_dataset_needs_a_name(client: Client) -> None:
     with pytest.raises(ValueError, match="name"):
-        client.publish_dataset(1, 2)
+        client.publish_dataset(name="x")
 
 
 @pytest.mark.parametrize("name", ["text", 5, ("a", 1)], ids=repr)

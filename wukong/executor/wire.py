@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, Protocol
@@ -105,6 +105,10 @@ class Wire(Protocol):
         """
         ...
 
+    def free(self, located: Iterable[Located], values: Set[int]) -> None:
+        """Give back the memory of values that nobody will read, where that is possible alone."""
+        ...
+
     def put_program(self, program: Program, blob: BlobId) -> Entry:
         """Make the entry of a strand's program: inline if it is small, else a blob of that stem."""
         ...
@@ -156,6 +160,15 @@ class ObjectWire:
             for entry in entries:
                 values.update(zip(entry.tasks, entry.payload))  # type: ignore[call-overload]  # the list that put() was given
         return values
+
+    def free(self, located: Iterable[Located], values: Set[int]) -> None:
+        """See `Wire.free`: the store holds the very lists that `put` has made entries of."""
+        for _, entries in located:
+            for entry in entries:
+                assert isinstance(entry.payload, list)
+                for i, task in enumerate(entry.tasks):
+                    if task in values:
+                        entry.payload[i] = None
 
     def put_program(self, program: Program, blob: BlobId) -> Entry:
         """See `Wire.put_program`."""
@@ -322,6 +335,13 @@ class SignedWire:
             except MissingBlob:
                 lost.append(export)
         raise UnreadableExports(tuple(sorted(set(lost))), cause)
+
+    def free(self, located: Iterable[Located], values: Set[int]) -> None:
+        """See `Wire.free`."""
+        entries = [entry for _, entries in located for entry in entries]
+        blobs = [e.blob for e in entries if e.blob is not None and values >= set(e.tasks)]
+        if blobs:
+            self._blobs.delete_many(blobs)
 
     def put_program(self, program: Program, blob: BlobId) -> Entry:
         """See `Wire.put_program`."""

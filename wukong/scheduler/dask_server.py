@@ -38,6 +38,7 @@ from distributed.core import Status
 from distributed.diagnostics.memory_sampler import MemorySamplerExtension
 from distributed.event import EventExtension
 from distributed.multi_lock import MultiLockExtension
+from distributed.protocol.serialize import Serialized
 from distributed.publish import PublishExtension
 from distributed.queues import QueueExtension
 from distributed.security import Security
@@ -57,6 +58,7 @@ from wukong.scheduler.dask_server_graphs import (
     INLINE_BYTES,
     Piece,
     cut_known,
+    keep_graph,
     read_graph,
     size_of_message,
 )
@@ -76,8 +78,6 @@ FIRST_BEAT_S = 6.0
 """A client's first heartbeat comes after the interval of its own configuration (5 s)."""
 MOST_BEAT_S = 5.0
 """The longest interval that clients are asked for."""
-KEPT_BYTES = 1 << 20
-"""A graph of fewer pickled bytes is kept while its keys are, for clients that run a task again."""
 RESTART_S = 0.05
 """A restart is answered so long after clients have been told of it."""
 NO_ACTORS = (
@@ -329,7 +329,9 @@ class DaskServer(KeyServer):
             sent = read_graph(expr_ser) if is_small else await offload(read_graph, expr_ser)
             if sent.is_peer_to_peer:
                 self._warn_of_shuffles(client)
-            source = expr_ser if n_bytes < KEPT_BYTES else None
+            source = expr_ser if isinstance(expr_ser, bytes) else keep_graph(expr_ser)
+            if isinstance(expr_ser, Serialized):
+                expr_ser.frames = []  # the stream keeps a message until the next one comes
             is_small = is_small and len(sent.dsk) < INLINE_TASKS
             async with self._extending:
                 self.give_back()  # what the client has released before it sent this
@@ -386,7 +388,7 @@ class DaskServer(KeyServer):
         keys: Sequence[Key],
         piece: Piece,
         is_small: bool,
-        source: object,
+        source: bytes | None,
         released: Collection[Key],
     ) -> None:
         """Add a piece to the session's job and its keys to the table, held by the client.

@@ -52,6 +52,7 @@ class Outbox:
                 logger.exception("a report cannot be sent; the client is disconnected")
                 self._comm.abort()
                 return
+            del batch  # or it would stay until there is something to report again
 
     async def close(self) -> None:
         """Write what is left, and close the comm. Idempotent."""

@@ -119,8 +119,8 @@ class Entry:
         self.size_bytes = -1
         self.type: bytes | None = None
         """Its value's type, pickled, where somebody has looked."""
-        self.source: object = None
-        """The graph that it came with, as it was sent."""
+        self.source: bytes | None = None
+        """The graph that it came with, as `read_graph` takes it."""
         self.failure: Failure | None = None
         self.holders: tuple[Holder, ...] = ()
         self.inputs: tuple[Entry, ...] = ()
@@ -250,7 +250,8 @@ class Futures:
         """Let somebody hold an entry no more. Returns: nobody holds it now."""
         if entry in holder.entries:
             holder.entries.remove(entry)
-            entry.holders = tuple([other for other in entry.holders if other is not holder])
+            others = [other for other in entry.holders if other is not holder]
+            entry.holders = others[0].alone if len(others) == 1 else tuple(others)
         return not entry.holders
 
     def finish(self, news: News, unknown: list[int]) -> list[Entry]:

@@ -8,6 +8,7 @@ follow these edges.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from wukong.scheduler.dask_server_shuffles import as_tasks
 from wukong.scheduler.dask_server_tasks import CoroutineCall
 from wukong.scheduler.graph import dask_nodes
 
+KEPT_BYTES = 1 << 20
+"""A graph of fewer pickled bytes is kept while its keys are, for clients that run a task again."""
 INLINE_BYTES = 32 * 1024
 """A graph of fewer pickled bytes is read in the loop's thread: handing it over takes longer."""
 
@@ -62,6 +65,16 @@ def size_of_message(expr_ser: Any) -> int:
     return 0
 
 
+def keep_graph(expr_ser: Any) -> bytes | None:
+    """What `read_graph` takes too, without the messages that a small expression came among.
+
+    None: it is too large to be kept, or was not pickled.
+    """
+    if not isinstance(expr_ser, Serialized) or size_of_message(expr_ser) >= KEPT_BYTES:
+        return None
+    return pickle.dumps((expr_ser.header, [bytes(frame) for frame in expr_ser.frames]))
+
+
 def read_graph(expr_ser: Any) -> Sent:
     """Unpickle an expression and make a graph of it.
 
@@ -69,7 +82,9 @@ def read_graph(expr_ser: Any) -> Sent:
         RuntimeError: it cannot be unpickled here.
     """
     try:
-        if isinstance(expr_ser, Serialized):
+        if isinstance(expr_ser, bytes):
+            expr = deserialize(*pickle.loads(expr_ser))
+        elif isinstance(expr_ser, Serialized):
             expr = deserialize(expr_ser.header, expr_ser.frames)
         else:
             expr = expr_ser.data if isinstance(expr_ser, Serialize) else expr_ser

@@ -11,6 +11,11 @@ are not recorded; while a recorded one may be lost (it is a blob) or retried (it
 while other work that is kept reads from it. What is inline in the store cannot be lost alone, so
 that work whose results are small is forgotten as soon as they are recorded.
 
+**Single values.** The store keeps exports whole. Where a value has a blob of its own, or is an
+object in this process, its memory is given back alone, when nothing pins it while other values of
+its export are pinned, and no work that is kept reads from the export: work that is not kept will
+never read again.
+
 **Dropping.** When pins go, work that nobody needs is found here: unfinished, without awaited
 values, and read by nothing that is kept. With it goes what only it has read from, and so on.
 """
@@ -21,7 +26,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from wukong.executor.messages import Entry, ExportId, Located, Part, StrandId
+from wukong.executor.messages import Entry, ExportId, Located, Output, Part, StrandId
 from wukong.scheduler.calls import Call
 
 PAGE = 4096
@@ -75,12 +80,19 @@ class Released:
     strands: list[Dropped] = field(default_factory=list)
     programs: list[Entry] = field(default_factory=list)
     """Programs of work that was forgotten, which may have blobs."""
+    single: dict[int, list[int]] = field(default_factory=dict)
+    """Export that stays -> values of it whose memory is not needed any more."""
 
 
 class Holdings:
-    """The books of one open job's client. Not thread-safe."""
+    """The books of one open job's client. Not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        holds_objects: the store has the values themselves, of this process.
+    """
+
+    def __init__(self, holds_objects: bool = False) -> None:
+        self._holds_objects = holds_objects
         self._pages: dict[int, _Page] = {}
         self._pinned_often: dict[int, int] = {}
         """Pins of a value beyond `MANY`."""
@@ -88,6 +100,11 @@ class Holdings:
         """Export -> values of it that are pinned."""
         self._maker: dict[int, int] = {}
         """Export -> the strand that makes it, if its work is kept."""
+        self._n_readers: dict[int, int] = {}
+        """Export -> reads of it by work that is kept; 0 is left out."""
+        self._idle: dict[int, list[int]] = {}
+        """Pinned export with values that can be freed alone -> those that are not pinned, and not
+        freed yet."""
         self.work: dict[int, Work] = {}
         self.n_values = 0
         self.n_strands = 0
@@ -111,7 +128,9 @@ class Holdings:
                 work.unrecorded[export] = len(spec.tasks)
                 self.set_export(spec.tasks, export)
         for export_id, _ in work.part.inputs:
-            maker = self.work.get(self._maker.get(int(export_id), -1))
+            export = int(export_id)
+            self._n_readers[export] = self._n_readers.get(export, 0) + 1
+            maker = self.work.get(self._maker.get(export, -1))
             if maker is not None:
                 maker.n_readers += 1
 
@@ -209,6 +228,7 @@ class Holdings:
         export = int(located.export)
         if export not in self._pinned:
             return []
+        self._note_single(export, located.entries, released)
         strand = self._maker.get(export, -1)
         work = self.work.get(strand)
         news: list[int] = []
@@ -231,9 +251,38 @@ class Holdings:
             self._retire([strand], released)
         return news
 
+    def note_source(self, output: Output) -> None:
+        """Values that their user has put into the store, in an export of their own."""
+        export = int(output.export)
+        for entry in output.entries:
+            self.set_export(entry.tasks, export)
+            for value in entry.tasks:
+                self.set_state(value, RECORDED | TOLD)
+            if self._is_freed_alone(entry):
+                self._idle.setdefault(export, [])
+
+    def _note_single(self, export: int, entries: Iterable[Entry], released: Released) -> None:
+        """Some entries of an export may be such that their values can be freed alone."""
+        single = [entry.tasks for entry in entries if self._is_freed_alone(entry)]
+        if single:
+            idle = self._idle.setdefault(export, [])
+            idle += [value for tasks in single for value in tasks if self.export_of(value) < 0]
+            self._free_idle(export, released)
+
+    def _is_freed_alone(self, entry: Entry) -> bool:
+        """Whether the memory of an entry's values can be given back while its export stays."""
+        return self._holds_objects or (entry.blob is not None and len(entry.tasks) == 1)
+
+    def _free_idle(self, export: int, released: Released) -> None:
+        """Free values of an export that nobody pins, if nobody is to read from it."""
+        if export not in self._n_readers and (idle := self._idle.get(export)):
+            released.single.setdefault(export, []).extend(idle)
+            idle.clear()
+
     def unpin(self, values: Iterable[int], released: Released, n_times: int = 1) -> None:
         """Hold values once less, or `n_times`; those that are not held are passed over."""
         idle: list[int] = []
+        single: dict[int, None] = {}
         for value in values:
             page, i = self._pages.get(value // PAGE), value % PAGE
             if page is None or not page.pins[i]:
@@ -243,6 +292,9 @@ class Holdings:
                 page.pins[i] = 0  # most of many that are released together
                 page.n_held -= 1
                 self._pinned[export] -= 1
+                if export in self._idle:
+                    self._idle[export].append(value)
+                    single[export] = None
                 continue
             often = self._pinned_often.pop(value, 0)
             n_pins = max(0, page.pins[i] + often - n_times)
@@ -250,7 +302,12 @@ class Holdings:
             if n_pins > MANY:
                 self._pinned_often[value] = n_pins - MANY
             if n_pins == 0:
-                self._let_go(value // PAGE, page, page.exports[i], idle, released)
+                if export in self._idle:
+                    self._idle[export].append(value)
+                    single[export] = None
+                self._let_go(value // PAGE, page, export, idle, released)
+        for export in single:
+            self._free_idle(export, released)
         self._retire(idle, released)
 
     def move(self, values: Iterable[int], export: int, released: Released) -> None:
@@ -271,6 +328,7 @@ class Holdings:
         self._pinned[export] -= 1
         if not self._pinned[export]:
             del self._pinned[export]
+            self._idle.pop(export, None)
             released.exports.append(ExportId(str(export)))
             strand = self._maker.get(export, -1)
             work = self.work.get(strand)
@@ -299,7 +357,12 @@ class Holdings:
                 exports = tuple(e for e in made if int(e) not in self._pinned)
                 released.strands.append((StrandId(str(strand)), exports))
             for export_id, _ in work.part.inputs:
-                maker = self._maker.get(int(export_id), -1)
+                export = int(export_id)
+                self._n_readers[export] -= 1
+                if not self._n_readers[export]:
+                    del self._n_readers[export]
+                    self._free_idle(export, released)
+                maker = self._maker.get(export, -1)
                 if maker >= 0:
                     self.work[maker].n_readers -= 1
                     self.work[maker].is_cut |= is_dropped

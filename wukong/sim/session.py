@@ -188,6 +188,14 @@ class SimSession:
         if released.strands:
             self._world.counts["drops"] += len(released.strands)
             yield lambda: self._store.drop(released.strands)
+        if released.single:
+            names = [ExportId(str(export)) for export in released.single]
+            found: tuple[Located, ...] = yield lambda: self._store.located(names)
+            idle = {value for values in released.single.values() for value in values}
+            entries = [entry for _, entries in found for entry in entries]
+            blobs = [e.blob for e in entries if e.blob is not None and idle.issuperset(e.tasks)]
+            self._world.counts["blobs freed alone"] += len(blobs)
+            yield lambda: self._store.free(blobs)
 
     # -------------------------------------------------------------- looking after it
 
@@ -254,6 +262,8 @@ class SimSession:
         for export, entries in found:
             for entry in entries:
                 payload = entry.payload
+                if self.pinned.isdisjoint(entry.tasks):
+                    continue
                 if entry.blob is not None:
                     if self._store.get([entry.blob], lambda: not self._store.is_forgotten):
                         lost.append(export)

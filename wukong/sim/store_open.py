@@ -54,6 +54,11 @@ class OpenSimStore(SimStore):
         self._changed()
         return reply
 
+    def free(self, blobs: Sequence[BlobId]) -> None:
+        """Delete blobs of exports that stay: of values that nobody is ever to read again."""
+        self.freed.update(blobs)
+        self.delete(blobs)
+
     def located(self, exports: Sequence[ExportId]) -> tuple[Located, ...]:
         """See `JobStore.located`."""
         return extension.located(self.rows, exports)
