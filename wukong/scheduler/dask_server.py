@@ -49,6 +49,7 @@ from tornado.ioloop import PeriodicCallback
 
 from wukong import config
 from wukong.errors import MissingKey
+from wukong.executor.pool_seats import release_memory
 from wukong.scheduler.calls import Key
 from wukong.scheduler.dask_server_clients import Outbox, check_versions
 from wukong.scheduler.dask_server_executors import Executors
@@ -78,6 +79,8 @@ FIRST_BEAT_S = 6.0
 """A client's first heartbeat comes after the interval of its own configuration (5 s)."""
 MOST_BEAT_S = 5.0
 """The longest interval that clients are asked for."""
+GIVE_BACK_S = 1.0
+"""What reading a large graph has taken is given back to the system after so long."""
 RESTART_S = 0.05
 """A restart is answered so long after clients have been told of it."""
 NO_ACTORS = (
@@ -339,6 +342,8 @@ class DaskServer(KeyServer):
                 await self._extend(client, keys, piece, is_small, source, released)
                 early, self._early = self._early, []
             self.learn(early)
+            if not is_small:
+                self.loop.call_later(GIVE_BACK_S, release_memory)
         except MissingKey as error:
             reason = {"reason": "lost dependencies", "msg": str(error)}
             self.send(client, {"op": "cancelled-keys", "keys": keys, **reason})

@@ -102,6 +102,8 @@ class Holdings:
         """Export -> the strand that makes it, if its work is kept."""
         self._n_readers: dict[int, int] = {}
         """Export -> reads of it by work that is kept; 0 is left out."""
+        self._unpinned_late: set[int] = set()
+        """Exports of small values that are not pinned, and stay for work that may run again."""
         self._idle: dict[int, list[int]] = {}
         """Pinned export with values that can be freed alone -> those that are not pinned, and not
         freed yet."""
@@ -199,8 +201,8 @@ class Holdings:
         ]
 
     def is_pinned(self, export: int) -> bool:
-        """Whether any value of an export is held."""
-        return export in self._pinned
+        """Whether any value of an export is held, or all of it is."""
+        return export in self._pinned or export in self._unpinned_late
 
     def set_state(self, value: int, bits: int) -> None:
         """Replace the bits of a value's state, if anything of it is held."""
@@ -328,8 +330,11 @@ class Holdings:
         self._pinned[export] -= 1
         if not self._pinned[export]:
             del self._pinned[export]
+            if self._is_read_again(export):
+                self._unpinned_late.add(export)
+            else:
+                released.exports.append(ExportId(str(export)))
             self._idle.pop(export, None)
-            released.exports.append(ExportId(str(export)))
             strand = self._maker.get(export, -1)
             work = self.work.get(strand)
             if work is not None:
@@ -338,6 +343,11 @@ class Holdings:
         page.n_held -= 1
         if not page.n_held and (number + 1) * PAGE <= self.n_values:
             del self._pages[number]
+
+    def _is_read_again(self, export: int) -> bool:
+        """Whether kept work reads from small values whose own work was forgotten (seed 21264)."""
+        is_small = not self._holds_objects and export not in self._idle
+        return is_small and export in self._n_readers and export not in self._maker
 
     def _retire(self, strands: list[int], released: Released) -> None:
         """Forget work that is needed no more, and with it what only it has read from."""
@@ -362,6 +372,9 @@ class Holdings:
                 if not self._n_readers[export]:
                     del self._n_readers[export]
                     self._free_idle(export, released)
+                    if export in self._unpinned_late:
+                        self._unpinned_late.remove(export)
+                        released.exports.append(ExportId(str(export)))
                 maker = self._maker.get(export, -1)
                 if maker >= 0:
                     self.work[maker].n_readers -= 1
