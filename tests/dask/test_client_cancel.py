@@ -28,6 +28,14 @@ def blocked(client: Client, tmp_path: Path, n: int = 2) -> list[Any]:
     return [client.submit(gate, str(tmp_path / "go"), k, key=f"{tmp_path}-{k}") for k in range(n)]
 
 
+def wait_known(client: Client, key: str, is_known: bool) -> None:
+    """Wait until the scheduler has a key, or has it no more."""
+    deadline = time.monotonic() + 10
+    while client.run_on_scheduler(lambda dask_scheduler: key in dask_scheduler.tasks) != is_known:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_cancel_makes_futures_cancelled(client: Client, tmp_path: Path) -> None:
     futures = blocked(client, tmp_path)
     client.cancel(futures)
@@ -39,7 +47,10 @@ def test_cancel_makes_futures_cancelled(client: Client, tmp_path: Path) -> None:
 def test_a_cancelled_task_does_not_start(client: Client, tmp_path: Path) -> None:
     held = blocked(client, tmp_path, 4)
     never = client.submit(leave_mark, str(tmp_path), "never", held)
+    # The client waits neither for the graph nor for the cancellation to arrive.
+    wait_known(client, never.key, True)
     never.cancel()
+    wait_known(client, never.key, False)
     (tmp_path / "go").touch()
     wait(held)
     assert client.submit(inc, 1).result() == 2
