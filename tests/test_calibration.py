@@ -20,7 +20,7 @@ def test_errors_in_both_directions_count_alike() -> None:
     assert found == pytest.approx(2 ** (2 / 3) - 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_simulator_predicts_what_workloads_take_here() -> None:
     pytest.importorskip("dask_ml")
     machine = calibrate.measure_platform(lambda _: None)
