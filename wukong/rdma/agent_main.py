@@ -50,7 +50,8 @@ class AgentProcess:
 
     Args:
         directory: where it registers.
-        n_cores: how many of this process's cores it leases; None: all. More than there are share.
+        n_cores: how many of this process's cores it leases; None, or more than there are: all. A
+            core is leased once at a time; two agents may lease the same ones.
         arguments: further arguments of `wukong agent`.
     Raises:
         LeaseRefused: it does not start.
@@ -60,8 +61,7 @@ class AgentProcess:
         self, directory: Path, n_cores: int | None = None, arguments: Sequence[str] = ()
     ) -> None:
         open_secret(directory)
-        own = sorted(os.sched_getaffinity(0))
-        cores = [own[number % len(own)] for number in range(n_cores or len(own))]
+        cores = sorted(os.sched_getaffinity(0))[:n_cores]
         chosen = ",".join(map(str, cores))
         self.directory = directory
         self.process = subprocess.Popen(
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lifeline", action="store_true", help="end with standard input")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    cores = [int(core) for core in given.cores.split(",") if core]
+    cores = sorted({int(core) for core in given.cores.split(",") if core})
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     settings = AgentSettings(
         directory=Path(given.directory),
