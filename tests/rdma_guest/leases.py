@@ -16,14 +16,21 @@ import psutil
 import pytest
 
 from tests.rdma_guest.inside import resources
-from wukong.errors import LeaseError
-from wukong.rdma import AgentProcess, lease
+from wukong.errors import LeaseError, LeaseLost
+from wukong.rdma import AgentProcess, agent_main, lease
+from wukong.rdma.ports import Port
 from wukong.rdma.registry import read_registrations
+from wukong.rdma.transport_verbs import missing
+from wukong.rdma.verbs import open_pair
 
 WAIT_S = 60.0
 ARENA_BYTES = 8 << 20
 OPTIONS = ["--host", "127.0.0.1", "--preload", "numpy", "--spares", "1"]
 NOTHING = {"pd": 0, "cq": 0, "qp": 0, "mr": 0}
+
+
+# A busy machine gives the guest a part of a processor.
+agent_main.START_S = WAIT_S
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +181,22 @@ def test_without_its_device_a_client_goes_on_over_tcp(agent: AgentProcess) -> No
             assert executors.submit(double, 21).result(WAIT_S) == 42
         finally:
             subprocess.run(["ip", "link", "set", "rd0", "up"], check=True)
+
+
+def test_a_device_that_speaks_iwarp_is_named_and_left_alone(agent: AgentProcess) -> None:
+    for command in ("link del rxe0", "link add siw0 type siw netdev rd0"):
+        subprocess.run(["rdma", *command.split()], check=True)
+    try:
+        assert "siw0: iWARP" in missing()
+        # The device exists, and its library; the kernel wants the connection manager.
+        port = Port("siw0", 1, 0, bytes(10) + b"\xff\xff" + bytes([198, 18, 0, 1]), 0)
+        pair = open_pair(port, 8)
+        with pytest.raises(LeaseLost, match="no way from siw0"):
+            pair.connect(pair.address)
+        pair.close()
+        with leased(agent) as executors:
+            assert executors.transports == ("tcp",)
+            assert executors.call(double, 21) == 42
+    finally:
+        for command in ("link del siw0", "link add rxe0 type rxe netdev rd0"):
+            subprocess.run(["rdma", *command.split()], check=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 DEVICES = Path("/sys/class/infiniband")
 CHANNEL_ADAPTER = "1:"
-"""Node type of InfiniBand and RoCE. iWARP's, 4, cannot write with an immediate value."""
+"""Node type of InfiniBand and RoCE."""
+IWARP = "4:"
+"""Node type of iWARP. Its queue pairs become ready only through the RDMA connection manager (the
+kernel refuses it from anybody else), of which no bindings give calls that end with a time."""
+
+UNUSED_GIDS = 32
+"""Places of the table of addresses that are read after the last one in use. A table may have 1,024,
+and the kernel puts an address into the first that is free (`ib_cache_gid_add`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +55,40 @@ def find_ports(devices: Path = DEVICES) -> list[Port]:
     return found
 
 
+def find_iwarp(devices: Path = DEVICES) -> list[str]:
+    """Names of devices that speak iWARP, and are not used."""
+    found = []
+    for device in sorted(devices.iterdir()) if devices.is_dir() else []:
+        with contextlib.suppress(OSError):
+            if _text(device / "node_type").startswith(IWARP):
+                found.append(device.name)
+    return found
+
+
 def _best_gid(port: Path) -> tuple[int, bytes] | None:
     """Index and bytes of the best global address: RoCE v2 over IPv4, RoCE v2, any."""
     best = None
-    for path in (port / "gids").iterdir():
+    index = n_unused = 0
+    while n_unused < UNUSED_GIDS:
         try:
-            kind = _text(port / "gid_attrs" / "types" / path.name)
-            gid = bytes.fromhex(_text(path).replace(":", ""))
+            gid = bytes.fromhex(_text(port / "gids" / str(index)).replace(":", ""))
+            kind = _text(port / "gid_attrs" / "types" / str(index)) if any(gid) else ""
         except OSError:
-            continue  # an entry of the table that is not in use
-        if not any(gid):
-            continue
-        is_ipv4 = gid.startswith(bytes(10) + b"\xff\xff")
-        rank = (kind == "RoCE v2", is_ipv4, -int(path.name))
-        if best is None or rank > best[0]:
-            best = (rank, int(path.name), gid)
+            gid, kind = b"", ""
+        if any(gid):
+            is_ipv4 = gid.startswith(bytes(10) + b"\xff\xff")
+            rank = (kind == "RoCE v2", is_ipv4, -index)
+            if best is None or rank > best[0]:
+                best = (rank, index, gid)
+        n_unused = 0 if any(gid) else n_unused + 1
+        index += 1
     return best and best[1:]
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="ascii").strip()
+    # Half of the calls of the system that a Python file takes: there are many, at each heartbeat.
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 4096).decode("ascii").strip()
+    finally:
+        os.close(fd)
