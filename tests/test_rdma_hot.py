@@ -18,6 +18,7 @@ from wukong.rdma.hot import MISSED, Failed, HotLine, Meter
 from wukong.rdma.hot_stream import HotStream, shortest_way
 from wukong.rdma.line import Line, encode
 from wukong.rdma.shm import FRAME_BYTES
+from wukong.rdma.spin import Spin
 from wukong.rdma.tcp import TcpTransport
 from wukong.rdma.transport import QUEUE_FRAMES
 
@@ -188,7 +189,7 @@ def load_next(line: Line) -> Any:
 
 
 def stream_way(line: Line) -> HotStream:
-    way = shortest_way(line)
+    way = shortest_way(line, Spin(False))
     assert isinstance(way, HotStream)
     return way
 
@@ -247,6 +248,6 @@ def test_the_end_of_a_stream_is_told(streams: Streams) -> None:
 
 def test_tls_has_no_shorter_way(tmp_path: Path) -> None:
     client, executor = lines(tls_pair(tmp_path))
-    assert shortest_way(client) is None
+    assert shortest_way(client, Spin(False)) is None
     client.close()
     executor.close()

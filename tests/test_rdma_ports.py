@@ -8,7 +8,8 @@ import pytest
 
 from wukong.errors import FrameError, LeaseRefused
 from wukong.rdma import transport_verbs, verbs
-from wukong.rdma.ports import Port, find_ports
+from wukong.rdma.ports import Port, find_iwarp, find_ports
+from wukong.rdma.queue_pairs import read_offer
 
 LINK_LOCAL = "fe80:0000:0000:0000:801f:f1ff:fe40:c724"
 IPV4 = "0000:0000:0000:0000:0000:ffff:c612:0001"
@@ -70,6 +71,18 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "pip install 'wukong[rdma]'" in transport_verbs.missing()
 
 
+def test_a_device_that_speaks_iwarp_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_device(tmp_path, "siw0", {0: (IPV4, "IB/RoCE v1")}, node_type="4: RNIC")
+    monkeypatch.setattr(transport_verbs, "DEVICES", tmp_path)
+    for name, function in (("find_ports", find_ports), ("find_iwarp", find_iwarp)):
+        monkeypatch.setattr(transport_verbs, name, lambda function=function: function(tmp_path))
+    assert "siw0: iWARP" in transport_verbs.missing()
+    make_device(tmp_path, "rxe0", ROCE)
+    assert "iWARP" not in transport_verbs.missing()
+
+
 @pytest.mark.parametrize("bindings", [None, "ibverbs", "pyverbs"])
 def test_a_queue_pair_without_bindings_or_device_is_refused(bindings: str | None) -> None:
     port = Port("absent0", 1, 0, bytes(16), 0)
@@ -125,7 +138,7 @@ OFFER = {
 
 
 def test_an_offer_is_read() -> None:
-    address, arena_bytes, at, key = transport_verbs._read_offer(OFFER)
+    address, arena_bytes, at, key = read_offer(OFFER)
     assert (address.number, address.gid[-4:], arena_bytes) == (17, bytes([198, 18, 0, 1]), 4096)
     assert (at, key) == (1 << 40, 99)
 
@@ -152,8 +165,8 @@ def test_an_offer_is_read() -> None:
 )
 def test_an_offer_that_lies_is_refused(lie: dict[str, object]) -> None:
     with pytest.raises(FrameError):
-        transport_verbs._read_offer({**OFFER, **lie})  # type: ignore[dict-item]
+        read_offer({**OFFER, **lie})  # type: ignore[dict-item]
     missing = dict(OFFER)
     del missing[next(iter(lie))]
     with pytest.raises(FrameError):
-        transport_verbs._read_offer(missing)
+        read_offer(missing)

@@ -293,6 +293,55 @@ def test_whoever_waits_is_woken_by_a_close(meet: Meet) -> None:
     assert time.monotonic() - started < NOTICED_S
 
 
+@pytest.mark.parametrize("bindings", ["ibverbs", "pyverbs"])
+def test_a_frame_that_was_looked_at_stays_the_next_one(meet: Meet, bindings: str) -> None:
+    transport, _ = meet("echo", bindings)
+    for number in range(3 * N_SLOTS):
+        frame = b"%d" % number
+        transport.post(frame)
+        assert transport.peek(0.0) == frame
+        assert not transport.arm()
+        if number % 3:
+            assert transport.peek(0.0) == transport.poll() == frame
+        else:
+            transport.peeked = None
+    assert transport.poll() is None
+
+
+@pytest.mark.parametrize("bindings", ["ibverbs", "pyverbs"])
+def test_a_killed_peer_or_a_close_wakes_whoever_looks_for_a_frame(
+    meet: Meet, bindings: str
+) -> None:
+    for end, reason in ((kill, "gone|closed|died"), (None, "this end has closed")):
+        transport, pid = meet("echo", bindings)
+        arguments = (0.2, transport.close) if end is None else (0.2, end, (pid,))
+        threading.Timer(*arguments).start()
+        with pytest.raises(LeaseLost, match=reason):
+            transport.peek(0.0)
+
+
+@pytest.mark.parametrize("bindings", ["ibverbs", "pyverbs"])
+def test_signals_are_handled_by_whoever_looks_for_a_frame(meet: Meet, bindings: str) -> None:
+    transport, _ = meet("echo", bindings)
+    came: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) == 2:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            transport.peek(0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(came) == 2
+    assert call(transport, b"goes on") == b"goes on"
+
+
 def test_descriptors_tell_of_a_frame(meet: Meet) -> None:
     transport, _ = meet("echo")
     for number in range(100):

@@ -59,10 +59,10 @@ def main() -> int:
     """Measure, and print one line for each round and one for all."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hot", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=500)
     given = parser.parse_args()
-    ratios = []
+    bare, leased = [], []
     # In QEMU an interpreter with numpy takes half a minute to start.
     agent_main.START_S = START_S
     with tempfile.TemporaryDirectory() as folder:
@@ -84,13 +84,19 @@ def main() -> int:
                 bare_us = pingpong_us(given.calls, given.hot)
                 times = call_us(executor, given.calls)
                 p50_us, p99_us = times[len(times) // 2], times[len(times) * 99 // 100]
-                ratios.append(p50_us / bare_us)
+                bare.append(bare_us)
+                leased.append(p50_us)
                 sys.stdout.write(
                     f"round {number}: ibv_rc_pingpong {bare_us:.0f} us, leased call p50"
-                    f" {p50_us:.0f} us, p99 {p99_us:.0f} us, ratio {ratios[-1]:.2f}\n"
+                    f" {p50_us:.0f} us, p99 {p99_us:.0f} us, ratio {p50_us / bare_us:.2f}\n"
                 )
                 sys.stdout.flush()
-    sys.stdout.write(f"ratios: least {min(ratios):.2f}, median {statistics.median(ratios):.2f}\n")
+    ratios = [one / other for one, other in zip(leased, bare)]
+    # ibv_rc_pingpong tells the mean, which pauses of a busy machine lengthen: their least is fair.
+    sys.stdout.write(
+        f"ratios: median {statistics.median(ratios):.2f}, least {min(ratios):.2f}, of the least"
+        f" times {min(leased) / min(bare):.2f}\n"
+    )
     return 0 if min(ratios) < LIMIT else 1
 
 

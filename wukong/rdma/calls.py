@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from wukong.rdma.hot_stream import shortest_way
 from wukong.rdma.line import Line
+from wukong.rdma.spin import Spin
 
 T = TypeVar("T")
 
@@ -94,10 +95,10 @@ class Call:
 class LeasedSeat:
     """A connected executor. `reading` is held by whoever reads its line."""
 
-    def __init__(self, number: int, line: Line) -> None:
+    def __init__(self, number: int, line: Line, spin: Spin) -> None:
         self.number = number
         self.line = line
-        self.hot = shortest_way(line)
+        self.hot = shortest_way(line, spin)
         self.calls: dict[int, Call] = {}
         """Sent, and not answered."""
         self.known: set[int] = set()

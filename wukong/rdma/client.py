@@ -90,11 +90,11 @@ class Lease(Seats, concurrent.futures.Executor):
         else:
             stream, buffers = encode(args)
             line.send(Kind.CALL, call, stream, buffers, function)
-        frame = line.receive(3600.0, self._spin_s)
+        frame = line.receive(3600.0, self._spin.spin_s)
         while frame is None or frame.call != call:
             if frame is not None:
                 self._handle(seat, frame)
-            frame = line.receive(3600.0, self._spin_s)
+            frame = line.receive(3600.0, self._spin.spin_s)
         if frame.kind == Kind.RESULT:
             return line.load(frame)
         if frame.kind == Kind.RAISED:

@@ -203,7 +203,7 @@ class LeasedExecutor:
     def _serve(self, line: Line) -> None:
         """Read and run, until the client is gone."""
         meter, spin, backlog = self._meter, self._spin, self._backlog
-        hot = shortest_way(line)
+        hot = shortest_way(line, spin)
         while True:
             # Small calls of known functions, while they come one after the other.
             if hot is not None and (served := hot.serve(self._functions, meter)):

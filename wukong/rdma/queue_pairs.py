@@ -11,6 +11,9 @@ import mmap
 from dataclasses import dataclass
 from typing import Protocol
 
+from wukong.errors import FrameError
+from wukong.rdma.transport import Offer
+
 SEND_DEPTH = 256
 """Writes under way at once; every device takes more (rxe: 16,384)."""
 ACK_TIMEOUT = 14
@@ -59,6 +62,8 @@ class QueuePair(Protocol):
     """Before `connect`: what the peer has to know."""
     event_fd: int
     """Readable after `arm` when a write with an immediate value has come."""
+    waits_freely: bool
+    """`take_event` may be called before there is one: it waits, and other threads run meanwhile."""
     async_fd: int
     """Readable when something happened to the device, the port or the queue pair."""
 
@@ -106,7 +111,8 @@ class QueuePair(Protocol):
         ...
 
     def take_event(self) -> None:
-        """Take what `event_fd` has told of; it must be readable."""
+        """Take what `event_fd` has told of; unless `waits_freely`, it must be readable. Returns
+        without when a signal has come."""
         ...
 
     def failure(self) -> str:
@@ -121,3 +127,48 @@ class QueuePair(Protocol):
     def close(self) -> None:
         """Free everything; no other method may be running. Regions are withdrawn first."""
         ...
+
+
+def make_offer(address: Address, inbox: Region, arena_bytes: int) -> Offer:
+    """What the peer has to know: the queue pair, and where it may write."""
+    return {
+        "number": address.number,
+        "packet": address.packet,
+        "gid": address.gid.hex(),
+        "lid": address.lid,
+        "mtu": address.mtu,
+        "address": inbox.address,
+        "key": inbox.remote_key,
+        "arena_bytes": arena_bytes,
+    }
+
+
+def read_offer(offer: Offer) -> tuple[Address, int, int, int]:
+    """What the peer offers: its address, the size of its inbox, and where that is, with its key.
+
+    Raises:
+        FrameError: it makes no sense.
+    """
+    limits = {
+        "number": 1 << 24,
+        "packet": 1 << 24,
+        "lid": 1 << 16,
+        "mtu": 6,
+        "address": 1 << 64,
+        "key": 1 << 32,
+        "arena_bytes": 1 << 48,
+    }
+    numbers = {}
+    for name, limit in limits.items():
+        value = offer.get(name)
+        if type(value) is not int or not 0 <= value < limit:
+            raise FrameError(f"the peer offers {value!r} as its {name}")
+        numbers[name] = value
+    try:
+        gid = bytes.fromhex(str(offer.get("gid")))
+    except ValueError:
+        gid = b""
+    if len(gid) != 16 or not numbers["mtu"] or not numbers["arena_bytes"]:
+        raise FrameError(f"the peer offers an address that is none: {dict(offer)}")
+    address = Address(numbers["number"], numbers["packet"], gid, numbers["lid"], numbers["mtu"])
+    return address, numbers["arena_bytes"], numbers["address"], numbers["key"]

@@ -35,14 +35,15 @@ from wukong.rdma.lease import Cause, Drain, Request, Seat, Stop, Use
 from wukong.rdma.line import ArenaFull, Outbox
 from wukong.rdma.registry import no_agents, open_secret, read_registrations
 from wukong.rdma.shm import SharedArena
+from wukong.rdma.spin import Spin
 from wukong.rdma.tenancy import Connector, Tenancy, plan_tenancies
 
 logger = logging.getLogger(__name__)
 
 PIPELINE = 4
 """Calls that an executor has at a time: the next ones arrive while it works."""
-SPIN_S = 0.0002
 HOT_SPIN_S = 0.005
+"""A client of a hot lease polls for so long, and then sleeps: its core is its own."""
 LOOK_S = 0.05
 """How often the background thread looks for deadlines, while there are calls."""
 WAIT_S = 2.0
@@ -78,7 +79,7 @@ class Seats:
         self.receipts: list[dict[str, Any]] = []
         """Of what is over: what was used, signed by the agents."""
         self._request = request
-        self._spin_s = HOT_SPIN_S if request.is_hot else SPIN_S
+        self._spin = Spin(request.is_hot, HOT_SPIN_S)
         self._lock = threading.Lock()
         """Guards what follows; never held while a line is read."""
         self._changed = threading.Condition(self._lock)
@@ -187,7 +188,7 @@ class Seats:
                 if left_s <= 0:
                     return 0.0
                 look_s = LOOK_S if self._n_deadlines else WAIT_S
-                frame = seat.line.receive(min(left_s, look_s), self._spin_s)
+                frame = seat.line.receive(min(left_s, look_s), self._spin.spin_s)
                 while frame is not None:
                     self._handle(seat, frame)
                     if future.is_settled():
@@ -368,7 +369,7 @@ class Seats:
         except (LeaseError, SecurityError, OSError) as error:
             logger.warning("an executor on %s cannot be reached: %s", tenancy.node, error)
             return
-        connected = LeasedSeat(seat.number, line)
+        connected = LeasedSeat(seat.number, line, self._spin)
         bell, *others = line.transport.filenos()
         with self._lock:
             for fd in (bell, *others):

@@ -15,13 +15,13 @@ class Spin:
     """Learns from the lengths of waits.
 
     Args:
-        is_hot: polls always.
+        is_hot: polls always, or for `hot_s`.
     """
 
-    def __init__(self, is_hot: bool) -> None:
+    def __init__(self, is_hot: bool, hot_s: float = HOT_S) -> None:
         self._is_hot = is_hot
         self._n_long = 0
-        self.spin_s = HOT_S if is_hot else SPIN_S
+        self.spin_s = hot_s if is_hot else SPIN_S
 
     def waited(self, wait_s: float) -> float:
         """Take the length of a wait; returns how much of it was polled."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib.machinery
 import importlib.util
 import logging
@@ -122,6 +123,8 @@ def _first_packet() -> int:
 
 class _IbverbsPair:
     """A queue pair by `ibverbs`."""
+
+    waits_freely = True
 
     def __init__(self, port: Port, n_receives: int) -> None:
         import ibverbs
@@ -256,8 +259,12 @@ class _IbverbsPair:
         self._arrived.req_notify()
 
     def take_event(self) -> None:
-        self._channel.get_cq_event()
-        self._arrived.ack_events(1)
+        try:
+            self._channel.get_cq_event()
+            self._arrived.ack_events(1)
+        except self._ib.VerbsError as error:
+            if error.errno != errno.EINTR:  # after that the signal's handler runs
+                raise LeaseLost(f"no events of {self._port.device}: {error!r}") from error
 
     def failure(self) -> str:
         for completion in self._sent.poll(SEND_DEPTH):
@@ -275,18 +282,7 @@ class _IbverbsPair:
             self._pair.modify(int(self._ib.QPAttrMask.STATE), qp_state=state)
 
     def close(self) -> None:
-        # From the leaves: nothing is freed on which something else still hangs.
-        for part in (
-            *self._regions,
-            self._pair,
-            self._arrived,
-            self._sent,
-            self._channel,
-            self._domain,
-            self._context,
-        ):
-            with contextlib.suppress(self._ib.VerbsError):
-                part.close()
+        _free(self, self._ib.VerbsError)
 
 
 def _no_region(size_bytes: int, error: Exception) -> str:
@@ -302,6 +298,8 @@ class _PyverbsPair:
     Writes go through the extended queue pair: a `SendWR` of pyverbs leaks memory with each that is
     made, and cannot be changed afterwards.
     """
+
+    waits_freely = False
 
     def __init__(self, port: Port, n_receives: int) -> None:
         from pyverbs import cq, device, enums, pd, qp
@@ -470,17 +468,15 @@ class _PyverbsPair:
             self._pair.modify(failed, self._enums.IBV_QP_STATE)
 
     def close(self) -> None:
-        for part in (
-            *self._regions,
-            self._pair,
-            self._arrived,
-            self._sent,
-            self._channel,
-            self._domain,
-            self._context,
-        ):
-            with contextlib.suppress(self._error):
-                part.close()
+        _free(self, self._error)
+
+
+def _free(pair: _IbverbsPair | _PyverbsPair, error: type[Exception]) -> None:
+    """Free from the leaves: nothing goes on which something else still hangs."""
+    own = (pair._pair, pair._arrived, pair._sent, pair._channel, pair._domain, pair._context)
+    for part in (*pair._regions, *own):
+        with contextlib.suppress(error):
+            part.close()
 
 
 def _event_file(open_it: Callable[[], T]) -> tuple[int, T]:
