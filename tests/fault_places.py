@@ -16,7 +16,7 @@ from pathlib import Path
 
 import wukong
 from wukong.storage import Store, open_store
-from wukong.storage.local_files import default_directory, remove_directory
+from wukong.storage.local_files import remove_directory
 
 Damage = Callable[[bytes], "bytes | None"]
 """What becomes of a value; None: it is gone."""
@@ -87,7 +87,8 @@ class Folder(Place):
     patience = 1.0
 
     def __init__(self) -> None:
-        self._directory = default_directory()
+        # Not one of the default ones, which any cluster removes that finds them without a user.
+        self._directory = Path(tempfile.mkdtemp())
         super().__init__(directory=str(self._directory))
 
     def left(self) -> list[str]:

@@ -41,21 +41,11 @@ def wait_until(is_true, timeout_s: float = SOON_S) -> None:
         time.sleep(0.005)
 
 
-SAMPLE = {
-    "test_jobs_survive_a_few_random_kills": {*KINDS} - {"shared memory"},
-    "test_a_lost_blob_is_made_again": {"Redis Cluster", "S3"},
-    "test_a_job_whose_client_is_killed_can_be_attached_to": {"TLS and ACL"},
-    "test_the_sweeper_wakes_a_pool_for_a_job_without_client": {"tiers"},
-}
-"""Tests that `make test` has in other places than shared memory."""
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test in all kinds of places."""
+    """Run a test in all kinds of places; `make test` has them in shared memory."""
     if "shared_place" not in metafunc.fixturenames:
         return
-    usual = {"shared memory", *SAMPLE.get(metafunc.function.__name__, ())}
-    kinds = [pytest.param(k, marks=() if k in usual else pytest.mark.full) for k in KINDS]
+    kinds = [pytest.param(k, marks=() if k == "shared memory" else pytest.mark.full) for k in KINDS]
     metafunc.parametrize("shared_place", kinds, indirect=True, scope="module")
 
 
