@@ -1,6 +1,7 @@
 """Clients that hold a valid lease, or the secret, and lie: they harm nobody but themselves."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -123,10 +124,15 @@ class Liar(Client):
     def __init__(self, agent: AgentProcess, name: str) -> None:
         super().__init__(agent)
         self.lines: list[Line] = []
-        # What the one before had is free soon.
-        wait_until(lambda: n_free(agent) == 1)
+        self.granted: Any = None
+        # What the one before had is free soon; what is registered may be older than that.
+        numbers = itertools.count()
+        wait_until(lambda: n_free(agent) == 1 and self._is_granted(f"{name} {next(numbers)}"))
+
+    def _is_granted(self, name: str) -> bool:
         self.say(Ask(name, Request(1, 0, 30.0)))
         self.granted = self.hear()
+        return hasattr(self.granted, "seats")
 
     def __enter__(self) -> "Liar":
         return self
